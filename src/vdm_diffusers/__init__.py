@@ -1,0 +1,3 @@
+"""Variational diffusion models for Hugging Face Diffusers."""
+
+__version__ = "0.1.0"
