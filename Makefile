@@ -1,0 +1,44 @@
+# Each target works in the active environment if that has a suitable torch, else in .venv (see scripts/environment.sh).
+# Without make: the README has the plain commands.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-lowest style quality
+
+# Where `make demo` writes. A folder of an earlier run is left alone: the new run gets one with the time in its name.
+OUT ?= outputs/digits
+# Further arguments for pytest: make test ARGS="-k posterior"
+ARGS ?=
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+demo: ## train on the 8x8 digits, then evaluate the checkpoint in a new process (outputs/digits)
+	@python="$$(scripts/environment.sh train,test)"; \
+	out="$(OUT)"; \
+	if [ -e "$$out" ]; then out="$$out-$$(date +%Y%m%d-%H%M%S)"; echo "$(OUT) exists already: writing to $$out"; fi; \
+	"$$python" training/train.py --output_dir "$$out"; \
+	"$$python" training/evaluate.py --checkpoint "$$out"
+
+test: ## the test suite
+	@python="$$(scripts/environment.sh train,test)"; "$$python" -m pytest $(ARGS)
+
+test-slow: ## the tests that take longer
+	@python="$$(scripts/environment.sh train,test)"; "$$python" -m pytest -m slow $(ARGS)
+
+test-lowest: ## the test suite in a fresh .venv-lowest, every dependency at its lower bound
+	@python="$${PYTHON:-python3}"; rm -rf .venv-lowest; "$$python" -m venv .venv-lowest; \
+	.venv-lowest/bin/python -m pip install --quiet -e ".[train,test]" -c constraints-lowest.txt; \
+	.venv-lowest/bin/python -m pytest $(ARGS)
+
+style: ## rewrite the code in the project's style
+	@python="$$(scripts/environment.sh quality)"; \
+	"$$python" -m ruff check --fix .; \
+	"$$python" -m ruff format .
+
+quality: ## lint, formatting and types, changing nothing
+	@python="$$(scripts/environment.sh quality)"; \
+	"$$python" -m ruff check .; \
+	"$$python" -m ruff format --check .; \
+	"$$python" -m mypy
