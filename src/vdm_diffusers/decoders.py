@@ -1,0 +1,188 @@
+r"""From integers to the space of the diffusion and back: pixel encodings and the likelihood of the integers.
+
+Images are integers k = 0..L-1 (L = 256 for 8 bits). Two encodings put them into [-1, 1]:
+
+    encoding      x_k                    bin width     used by
+    bin_center    2 (k + 1/2) / L - 1    2 / L         VDM
+    endpoint      2 k / (L - 1) - 1      2 / (L - 1)   Diffusers, DDPM (k / 127.5 - 1 for 8 bits)
+
+Two decoders give p(k | z), factorised over the dimensions:
+
+    VDM    p(k | z_0) proportional to N(z_0 / alpha_0; x_k, sigma_0^2 / alpha_0^2): a softmax over the L levels
+    DDPM   p(k | x_1) = the mass of N(mean, variance) in bin k, the two outer bins open
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .gaussian import Path, alpha_sigma
+from .numerics import as_float64, expand_to, sum_except_batch
+
+PixelEncoding = Literal["bin_center", "endpoint"]
+PIXEL_ENCODINGS: tuple[str, ...] = get_args(PixelEncoding)
+_CHUNK = 1 << 22  # logits held at a time by the softmax over levels
+
+
+def encode_pixels(
+    levels: Tensor,
+    num_levels: int = 256,
+    pixel_encoding: PixelEncoding = "bin_center",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Integers k in 0..num_levels-1 -> x_k in [-1, 1], of any shape, rounded once to `dtype`.
+
+    Raises:
+        ValueError: fewer than two levels, unknown encoding, or values that are not integers.
+    """
+    _check(num_levels, pixel_encoding)
+    if levels.is_floating_point() or levels.dtype == torch.bool:
+        raise ValueError(
+            f"`levels` must hold integers 0..{num_levels - 1}, got dtype {levels.dtype}. For images in [0, 1] pass "
+            "(images * (num_levels - 1)).round().long()."
+        )
+    # (2 k + 1 - L) / L and (2 k - (L - 1)) / (L - 1): the numerators are exact, so there is one rounding
+    if pixel_encoding == "bin_center":
+        numerator, denominator = 2 * levels.long() + 1 - num_levels, num_levels
+    else:
+        numerator, denominator = 2 * levels.long() - (num_levels - 1), num_levels - 1
+    working = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    return (numerator.to(working) / denominator).to(dtype)
+
+
+def decode_pixels(x: Tensor, num_levels: int = 256, pixel_encoding: PixelEncoding = "bin_center") -> Tensor:
+    """The nearest level of x, clamped to 0..num_levels-1: int64, of x's shape. The mode of both decoders.
+
+    Raises:
+        ValueError: fewer than two levels, unknown encoding, or an x that is not finite (on the CPU).
+    """
+    _check(num_levels, pixel_encoding)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if x.device.type == "cpu" and not bool(x.isfinite().all()):
+        raise ValueError("`x` holds values that are not finite: the sampling or the network has diverged.")
+    if pixel_encoding == "bin_center":  # level k owns [k, k + 1) / L
+        return ((x + 1) / 2 * num_levels).floor().clamp(0, num_levels - 1).long()
+    return ((x + 1) / 2 * (num_levels - 1)).round().clamp(0, num_levels - 1).long()
+
+
+def level_values(
+    num_levels: int = 256, pixel_encoding: PixelEncoding = "bin_center", dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """All x_k, k = 0..num_levels-1: (num_levels,)."""
+    return encode_pixels(torch.arange(num_levels), num_levels, pixel_encoding, dtype)
+
+
+def bin_width(num_levels: int, pixel_encoding: PixelEncoding) -> float:
+    """The distance of two neighbouring x_k."""
+    _check(num_levels, pixel_encoding)
+    return 2 / num_levels if pixel_encoding == "bin_center" else 2 / (num_levels - 1)
+
+
+def softmax_log_likelihood(
+    levels: Tensor,
+    z_0: Tensor,
+    log_snr_0: Tensor | float,
+    *,
+    num_levels: int = 256,
+    pixel_encoding: PixelEncoding = "bin_center",
+    path: Path = "vp",
+) -> Tensor:
+    """VDM's decoder: ln p(k | z_0) = sum over dimensions of ln softmax_k [-1/2 e^{log_snr_0} (z_0 / alpha_0 - x_k)^2].
+
+    Arguments:
+        levels: (B, ...) integers k. z_0: (B, ...) latents at log_snr_0.
+        log_snr_0: () or (B,), finite.
+    Returns:
+        (B,) nats, differentiable in z_0 and log_snr_0. Levels are summed in chunks, so that memory stays bounded.
+    Raises:
+        ValueError: levels outside 0..num_levels-1 (on the CPU), shapes that differ.
+    Source: Kingma et al. 2021, section 3.3 and appendix B.
+    """
+    check_levels(levels, num_levels, z_0)
+    log_snr_0 = as_float64(log_snr_0)
+    alpha, _ = alpha_sigma(log_snr_0, path)
+    dtype = _accurate_dtype(z_0)
+    ratio = (z_0.to(dtype) / expand_to(alpha, z_0, dtype)).flatten()
+    half_snr = (expand_to(log_snr_0.exp() / 2, z_0, dtype) + torch.zeros_like(z_0, dtype=dtype)).flatten()
+    values = level_values(num_levels, pixel_encoding).to(device=z_0.device, dtype=dtype)
+    own = values[levels.flatten().to(z_0.device).long()]
+    size = max(1, _CHUNK // num_levels)
+    parts = []
+    for i in range(0, len(ratio), size):
+        r, h, x = ratio[i : i + size], half_snr[i : i + size], own[i : i + size]
+        # (r - x_k)^2 - (r - x)^2 = (x - x_k) (2 r - x - x_k): the true level's logit is exactly 0
+        logits = -h[:, None] * (x[:, None] - values) * (2 * r[:, None] - x[:, None] - values)
+        parts.append(-torch.logsumexp(logits, dim=1))
+    return sum_except_batch(torch.cat(parts).reshape(z_0.shape))
+
+
+def discretized_gaussian_log_likelihood(
+    levels: Tensor,
+    mean: Tensor,
+    variance: Tensor | float,
+    *,
+    num_levels: int = 256,
+    pixel_encoding: PixelEncoding = "endpoint",
+) -> Tensor:
+    """DDPM's decoder: ln of the mass that N(mean, variance) has in the bins of the integers, the outer bins open.
+
+    ln p(k | mean, variance) = sum over dimensions of ln [Phi((x_k + h - mean) / s) - Phi((x_k - h - mean) / s)], h half a
+    bin width, s = sqrt(variance), with -inf and +inf for the outer edges.
+
+    Arguments:
+        levels: (B, ...) integers. mean: (B, ...).
+        variance: a number, (B,), or of the data's shape; positive.
+    Returns:
+        (B,) nats, from the exact normal distribution function (no tanh approximation, no floor on the probability).
+    Raises:
+        ValueError: levels outside 0..num_levels-1 (on the CPU), shapes that differ.
+    Source: Ho et al. 2020, equation 13.
+    """
+    check_levels(levels, num_levels, mean)
+    dtype = _accurate_dtype(mean)
+    levels = levels.to(mean.device).long()
+    deviation = expand_to(as_float64(variance).sqrt(), mean, dtype)
+    center = level_values(num_levels, pixel_encoding).to(device=mean.device, dtype=dtype)[levels] - mean.to(dtype)
+    half = bin_width(num_levels, pixel_encoding) / 2
+    upper = torch.where(levels == num_levels - 1, math.inf, (center + half) / deviation)
+    lower = torch.where(levels == 0, -math.inf, (center - half) / deviation)
+    return sum_except_batch(log_normal_mass(lower, upper))
+
+
+def log_normal_mass(lower: Tensor, upper: Tensor) -> Tensor:
+    """ln [Phi(upper) - Phi(lower)] for lower < upper, elementwise, accurate in the tails and for narrow intervals."""
+    # by symmetry work in the left tail, where Phi is small and its logarithm keeps its precision
+    flip = lower + upper > 0
+    low, high = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
+    log_high: Tensor = torch.special.log_ndtr(high)
+    finite = low.isfinite()
+    log_low = torch.special.log_ndtr(torch.where(finite, low, -1.0))
+    ratio = torch.where(finite, log_low - log_high, -1.0)  # ln [Phi(low) / Phi(high)] < 0
+    return log_high + torch.where(finite, torch.log(-torch.expm1(ratio)), 0.0)
+
+
+def check_levels(levels: Tensor, num_levels: int, like: Tensor) -> None:
+    """Raise ValueError unless `levels` are integers of `like`'s shape in 0..num_levels-1 (values: on the CPU)."""
+    if levels.shape != like.shape:
+        raise ValueError(f"`levels` must have the data's shape {tuple(like.shape)}, got {tuple(levels.shape)}.")
+    if levels.is_floating_point():
+        raise ValueError(f"`levels` must be integers, got {levels.dtype}: likelihoods are of integers, not of floats.")
+    if levels.device.type == "cpu" and levels.numel() and not 0 <= int(levels.min()) <= int(levels.max()) < num_levels:
+        raise ValueError(
+            f"`levels` must lie in 0..{num_levels - 1}, got {int(levels.min())}..{int(levels.max())}. Is `num_levels` right?"
+        )
+
+
+def _accurate_dtype(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _check(num_levels: int, pixel_encoding: str) -> None:
+    if num_levels < 2:
+        raise ValueError(f"`num_levels` must be at least 2, got {num_levels}.")
+    if pixel_encoding not in PIXEL_ENCODINGS:
+        raise ValueError(f"`pixel_encoding` must be one of {', '.join(PIXEL_ENCODINGS)}, got {pixel_encoding!r}.")

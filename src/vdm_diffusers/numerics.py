@@ -1,0 +1,59 @@
+"""Small numerical helpers that the exact core shares: precision, broadcasting, and checks that cost nothing.
+
+Coefficients are float64 on the CPU and are cast once, where they meet a tensor. Half-precision tensors are computed with
+in float32 and rounded once at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def as_float64(value: Tensor | float) -> Tensor:
+    """`value` as a float64 tensor on its own device; float32 where the device has no float64 (Apple's MPS)."""
+    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which to combine `tensors`: their common one, but at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def expand_to(coefficient: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A coefficient of shape () or (B,) shaped to broadcast over `like` of shape (B, ...), on its device.
+
+    Raises ValueError if the coefficient's shape is not the beginning of the tensor's shape.
+    """
+    if coefficient.ndim > like.ndim or any(
+        c not in (1, n) for c, n in zip(coefficient.shape, like.shape, strict=False)
+    ):
+        raise ValueError(
+            f"a coefficient of shape {tuple(coefficient.shape)} does not go with a tensor of shape "
+            f"{tuple(like.shape)}: pass one value for all, or one for each element of the batch (shape {tuple(like.shape[:1])})."
+        )
+    coefficient = coefficient.to(device=like.device, dtype=dtype or compute_dtype(like))
+    return coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim))
+
+
+def linear_combination(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """a x + b y for coefficients of shape () or (B,), rounded once to the common dtype of x and y."""
+    if x.shape != y.shape:
+        raise ValueError(f"the two tensors must have the same shape, got {tuple(x.shape)} and {tuple(y.shape)}.")
+    dtype = compute_dtype(x, y)
+    result = expand_to(a, x, dtype) * x.to(dtype) + expand_to(b, y, dtype) * y.to(dtype)
+    return result.to(torch.promote_types(x.dtype, y.dtype))
+
+
+def sum_except_batch(x: Tensor) -> Tensor:
+    """Sum over all dimensions but the first: (B, ...) -> (B,)."""
+    return x.flatten(1).sum(1) if x.ndim > 1 else x
+
+
+def on_host(*tensors: Tensor) -> bool:
+    """Whether the values may be looked at for free: on the CPU, and not while torch.compile traces."""
+    return not torch.compiler.is_compiling() and all(tensor.device.type == "cpu" for tensor in tensors)
