@@ -45,28 +45,10 @@ from urllib.parse import parse_qs, quote, unquote, urlsplit
 import yaml
 
 LFS_FROM = 10 * 2**20  # bytes: what is larger travels by LFS, whatever its name
-GITATTRIBUTES = "".join(
-    f"*.{suffix} filter=lfs diff=lfs merge=lfs -text\n"
-    for suffix in [
-        "arrow",
-        "bin",
-        "ckpt",
-        "gz",
-        "h5",
-        "npy",
-        "npz",
-        "onnx",
-        "parquet",
-        "pickle",
-        "pkl",
-        "pt",
-        "pth",
-        "safetensors",
-        "tar",
-        "zip",
-        "zst",
-    ]
+LFS_NAMES = (
+    "*.arrow *.bin *.ckpt *.gz *.h5 *.npy *.npz *.onnx *.parquet *.pkl *.pt *.pth *.safetensors *.tar *.zip *.zst"
 )
+GITATTRIBUTES = re.sub(r"(\S+) ?", r"\1 filter=lfs diff=lfs merge=lfs -text\n", LFS_NAMES)
 
 
 # --- what a Hub holds -----------------------------------------------------------------------------------------------
@@ -457,9 +439,8 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.read_body(fault.drop_upload_after)
         headers = {name.lower(): value for name, value in self.headers.items()}
         user = hub.users.get(bearer(headers) or "")
-        call = Call(
-            self.command, split.path, parse_qs(split.query), headers, body, self.server is hub.servers[1], user
-        )
+        cdn = self.server is hub.servers[1]
+        call = Call(self.command, split.path, parse_qs(split.query), headers, body, cdn, user)
         if fault.delay:
             time.sleep(fault.delay)
         if fault.drop_upload_after is not None:
@@ -581,9 +562,8 @@ def listing(repo: Repo, commit: Commit, expand: bool) -> dict[str, dict[str, Any
     line = list(repo.history(commit)) if expand else []
     for path, entry in entries.items() if expand else ():
         versions = [{p: f.git_oid for p, f in c.files.items() if f"{p}/".startswith(f"{path}/")} for c in line]
-        last = next(
-            c for c, version, older in zip(line, versions, [*versions[1:], {}], strict=True) if version != older
-        )
+        pairs = zip(line, versions, [*versions[1:], {}], strict=True)
+        last = next(commit for commit, version, before in pairs if version != before)
         entry["lastCommit"] = {"id": last.oid, "title": last.title, "date": last.date}
         entry["securityFileStatus"] = {"status": "safe", "avScan": None, "pickleImportScan": None}
     return entries
@@ -592,12 +572,8 @@ def listing(repo: Repo, commit: Commit, expand: bool) -> dict[str, dict[str, Any
 def paged(hub: HubDouble, call: Call, items: list[Any], size: int) -> Reply:
     start = int(call.query.get("cursor", ["0"])[0])
     rest = "&".join(f"{k}={quote(v)}" for k, vs in call.query.items() if k != "cursor" for v in vs)
-    more = (
-        {"Link": f'<{hub.url}{call.path}?{rest}&cursor={start + size}>; rel="next"'}
-        if start + size < len(items)
-        else {}
-    )
-    return Reply(items[start : start + size], headers=more)
+    link = f'<{hub.url}{call.path}?{rest}&cursor={start + size}>; rel="next"'
+    return Reply(items[start : start + size], headers={"Link": link} if start + size < len(items) else {})
 
 
 def ranged(call: Call, file: File, headers: dict[str, str]) -> Reply:
