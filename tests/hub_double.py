@@ -215,7 +215,9 @@ class Reply:
 class Refusal(Exception):
     """An answer that is not what was asked for."""
 
-    def __init__(self, status: int, message: str, code: str = "", headers: Mapping[str, str] = {}, **body: Any):
+    def __init__(
+        self, status: int, message: str, code: str = "", headers: Mapping[str, str] = {}, body: Mapping[str, str] = {}
+    ):
         super().__init__(message)
         named = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
         self.reply = Reply({"error": message, **body}, status, named)
@@ -412,7 +414,8 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version, disable_nagle_algorithm, server = "HTTP/1.1", True, None
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
+    server: _Server
 
     def log_message(self, *args: object) -> None:
         pass
@@ -422,7 +425,7 @@ class _Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def read_body(self, limit: int | None) -> bytes:
-        length, most = int(self.headers.get("Content-Length", 0)), math.inf if limit is None else limit
+        length, most = int(self.headers.get("Content-Length", 0)), sys.maxsize if limit is None else limit
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             return self.rfile.read(min(length, most))
         body = b""
@@ -433,8 +436,7 @@ class _Handler(BaseHTTPRequestHandler):
         return body
 
     def one_request(self) -> None:
-        hub: HubDouble = self.server.hub
-        split = urlsplit(self.path)
+        hub, split = self.server.hub, urlsplit(self.path)
         fault = hub.take_fault(f"{self.command} {self.path}") or Fault("")
         body = self.read_body(fault.drop_upload_after)
         headers = {name.lower(): value for name, value in self.headers.items()}
@@ -514,7 +516,7 @@ def card_metadata(text: str) -> tuple[dict[str, Any], list[str]]:
         return {}, [f"Invalid YAML: {error}"]
     if not isinstance(data, dict):
         return {}, ["The card's metadata must be a mapping"]
-    errors = []
+    errors: list[str] = []
 
     def require(held: Any, where: str, *names: str) -> None:
         errors.extend(f'"{where}.{name}" is required' for name in names if (held or {}).get(name) is None)
@@ -634,7 +636,7 @@ def create_repo(hub: HubDouble, call: Call, url: SimpleNamespace) -> Reply:
     hub.must_write(call, repo.id)
     where = {"url": f"{hub.url}/{repo.path}", "name": repo.id}
     if repo.path in hub.repos:
-        raise Refusal(409, f"You already created this {kind} repo", **where)
+        raise Refusal(409, f"You already created this {kind} repo", body=where)
     hub.create(repo)
     return Reply(where)
 

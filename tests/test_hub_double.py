@@ -20,6 +20,8 @@ WEIGHTS = np.random.default_rng(0).bytes(200_001)  # *.safetensors: LFS in one P
 LARGE = b"text, but large\n" * 700_000  # 11.2 MB of text: LFS for its size, in two parts
 SMALL = {"README.md": b"---\nlicense: apache-2.0\ntags: [vdm]\n---\n# A card\n", "sub/config.json": b'{"a": 1}\n'}
 
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
 PRELUDE = """
 import json, sys
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors, hf_hub_download, snapshot_download
@@ -278,9 +280,8 @@ def test_the_double_is_strict(hub, tmp_path):
         request = urllib.request.Request(
             url, data, {k.replace("_", "-"): v for k, v in headers.items()}, method=method
         )
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(request, timeout=10) as answer:
+            with OPENER.open(request, timeout=10) as answer:
                 return answer.status, answer.read(), dict(answer.headers)
         except urllib.error.HTTPError as error:
             return error.code, error.read(), dict(error.headers)
@@ -340,7 +341,7 @@ def test_an_error_of_the_double_itself_is_reported(monkeypatch):
     with pytest.raises(AssertionError, match="the Hub's double failed"), HubDouble() as hub:
         hub.put("someone/m", {})
         with pytest.raises(urllib.error.HTTPError):
-            urllib.request.urlopen(f"{hub.url}/api/models/someone/m/tree/main", timeout=10)
+            OPENER.open(f"{hub.url}/api/models/someone/m/tree/main", timeout=10)
 
 
 def test_it_runs_by_hand(tmp_path):
@@ -349,7 +350,7 @@ def test_it_runs_by_hand(tmp_path):
     ) as server:
         try:
             url = server.stdout.readline().strip()
-            with urllib.request.urlopen(f"{url}/api/models", timeout=10) as answer:
+            with OPENER.open(f"{url}/api/models", timeout=10) as answer:
                 assert json.load(answer) == []
         finally:
             server.terminate()
