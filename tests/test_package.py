@@ -31,7 +31,7 @@ CORE = [
     "reverse_variance",
     "likelihood",
 ]
-ROOMS = [*CORE, "models", "schedulers", "pipelines", "hub", "__init__"]
+ROOMS = [*CORE, "models", "schedulers", "hub", "pipelines", "evaluation", "registration", "__init__"]
 # The evaluators also read users' images and show their progress.
 CORE_IMPORTS = {room: {"torch"} for room in CORE} | {"likelihood": {"torch", "numpy", "PIL", "tqdm"}}
 

@@ -1,3 +1,22 @@
-"""Variational diffusion models for Hugging Face Diffusers."""
+"""Variational diffusion models for Hugging Face Diffusers: exact maths, likelihoods in bits/dim, training.
+
+    from vdm_diffusers import VDMPipeline, VDMUNet2DModel
+
+The exact core (`vdm_diffusers.prediction`, `.gaussian`, `.noise_schedules`, `.elbo`, ...) is pure torch.
+"""
+
+import sys
+
+# Diffusers asks the module that a checkpoint names for these two, to learn what kind of component a class is.
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
+
+from .models import VDMUNet2DModel
+from .pipelines import VDMPipeline
+from .registration import register_with_diffusers
 
 __version__ = "0.1.0"
+
+__all__ = ["VDMPipeline", "VDMUNet2DModel"]
+
+register_with_diffusers(sys.modules[__name__], __all__)

@@ -11,7 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
-from vdm_diffusers.models.fourier import FourierFeatures
+from vdm_diffusers.models.fourier import FourierFeatures, add_residual, check_residual_channels, check_sample
 
 # The sinusoids of Diffusers and of VDM are laid out for an argument that runs over about a thousand steps.
 _EMBEDDED_RANGE = 1000.0
@@ -144,6 +144,9 @@ class VDMUNet2DModel(ModelMixin, ConfigMixin):
     # stand does not.
     __module__ = "vdm_diffusers"
 
+    # Read by the pipelines: whatever the weights' dtype, the sample comes in float32 (see the class's docstring).
+    takes_float32_sample = True
+
     _supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["VDMResnetBlock2D", "VDMAttention2D"]
     _repeated_blocks: ClassVar[list[str]] = ["VDMResnetBlock2D"]
@@ -192,11 +195,7 @@ class VDMUNet2DModel(ModelMixin, ConfigMixin):
                 raise ValueError(f"`{name}` must divide `hidden_channels`, got {size} and {hidden_channels}.")
         if hidden_channels < 4:
             raise ValueError(f"`hidden_channels` must be at least 4 to hold the sinusoids, got {hidden_channels}.")
-        if residual_connection and out_channels < in_channels:
-            raise ValueError(
-                f"`out_channels` must be at least `in_channels` with `residual_connection=True`, got {out_channels} < "
-                f"{in_channels}. Leave `out_channels` unset, or switch the connection off."
-            )
+        check_residual_channels(in_channels, out_channels, residual_connection)
 
         def resnet(in_channels: int) -> VDMResnetBlock2D:
             return VDMResnetBlock2D(in_channels, hidden_channels, time_embed_dim, norm_num_groups, norm_eps, dropout)
@@ -238,11 +237,7 @@ class VDMUNet2DModel(ModelMixin, ConfigMixin):
         Raises:
             ValueError: if a shape is wrong, or `class_labels` are missing or not expected.
         """
-        if sample.ndim != 4 or sample.shape[1] != self.config.in_channels:
-            raise ValueError(
-                f"`sample` must have shape (B, {self.config.in_channels}, H, W), the {self.config.in_channels} from "
-                f"`in_channels` of the model, got {tuple(sample.shape)}."
-            )
+        check_sample(sample, self.config.in_channels)
         features = self.fourier_features(sample)
         # `self.dtype` and not that of one weight: it stays right when Diffusers stores the weights in another dtype.
         emb = self._embed(timestep, class_labels, sample).to(self.dtype)
@@ -255,11 +250,7 @@ class VDMUNet2DModel(ModelMixin, ConfigMixin):
         for block in self.up_blocks:
             hidden_states = self._apply_block(block, torch.cat([hidden_states, skips.pop()], dim=1), emb)
         output = self.conv_out(F.silu(self.conv_norm_out(hidden_states)))
-        output = output.to(torch.promote_types(sample.dtype, torch.float32))
-        if self.config.residual_connection:
-            extra_channels = output.shape[1] - sample.shape[1]
-            output = output + F.pad(sample, (0, 0, 0, 0, 0, extra_channels)) if extra_channels else output + sample
-        output = output.to(sample.dtype)
+        output = add_residual(output, sample, self.config.residual_connection)
         return UNet2DOutput(sample=output) if return_dict else (output,)
 
     def _apply_block(self, block: nn.Module, hidden_states: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:

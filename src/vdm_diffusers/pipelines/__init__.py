@@ -1,0 +1,3 @@
+"""Pipelines: from noise to images, as Diffusers' users know it."""
+
+from vdm_diffusers.pipelines.pipeline_vdm import VDMPipeline as VDMPipeline

@@ -1,0 +1,296 @@
+"""The pipeline of a pixel-space diffusion model: noise in, images of integer levels out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+from vdm_diffusers.decoders import PIXEL_ENCODINGS, decode_pixels
+from vdm_diffusers.gaussian import alpha_sigma
+from vdm_diffusers.numerics import expand_to
+
+FORMAT_VERSION = 1  # of the checkpoint: raised when an older package would misread what a newer one wrote
+MAX_LEVELS = 2**16
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+class VDMPipeline(DiffusionPipeline):
+    r"""Samples images of integer levels from a pixel-space diffusion model.
+
+    The latents start at `z_1 ~ N(0, I)` and follow the scheduler's grid down. Where the schedule ends at clean data (a table of
+    betas, any scheduler of Diffusers), the last latents are `x_hat`. Where it ends at `z_0`, whose signal-to-noise ratio is
+    finite (a `VDMScheduler` given in log SNR with `final_step="latent"`), the model's own decoder has the last word: its mode
+    is the level nearest to `z_0 / alpha_0`. Either way the result is integers `k`, and the images are `k / (num_levels - 1)`.
+
+    Latents are kept in float32 whatever the weights' dtype, so that the same generator gives the same noise to all of them,
+    and a step smaller than a half-precision unit is not lost.
+
+    Args:
+        unet ([`VDMUNet2DModel`], [`UNet2DModel`], or a transformer called the same way):
+            predicts from `(sample, timestep)`, and `class_labels` if it has classes, what `scheduler` expects.
+        scheduler ([`VDMScheduler`] or another scheduler of Diffusers).
+        num_levels (`int`): number of levels of a pixel, 256 for 8 bits; 2 to 65536.
+        pixel_encoding (`str`): how the training images were put into [-1, 1]: `"bin_center"`, `x = 2 (k + 1/2) / L - 1`, or
+            `"endpoint"`, `x = 2 k / (L - 1) - 1` (Diffusers' own).
+        format_version (`int`): of the checkpoint's layout; leave it alone.
+
+    Raises:
+        ValueError: if `num_levels` or `pixel_encoding` is not as said, or the checkpoint is of a newer format.
+
+    Source: Kingma et al. 2021, "Variational Diffusion Models", sections 3.1 and 3.3 (decoder, ancestral sampling).
+    """
+
+    # What checkpoints record: the package serves every loading road, the file in which the class happens to stand does not.
+    __module__ = "vdm_diffusers"
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        unet: ModelMixin,
+        scheduler: SchedulerMixin,
+        num_levels: int = 256,
+        pixel_encoding: str = "bin_center",
+        format_version: int = FORMAT_VERSION,
+    ):
+        super().__init__()
+        for name, value, low, high in (
+            ("num_levels", num_levels, 2, MAX_LEVELS),
+            ("format_version", format_version, 1, FORMAT_VERSION),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                hint = " The checkpoint is of a newer vdm-diffusers: upgrade." if name == "format_version" else ""
+                raise ValueError(f"`{name}` must be a whole number in {low}..{high}, got {value!r}.{hint}")
+        if pixel_encoding not in PIXEL_ENCODINGS:
+            raise ValueError(f"`pixel_encoding` must be one of {', '.join(PIXEL_ENCODINGS)}, got {pixel_encoding!r}.")
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(num_levels=num_levels, pixel_encoding=pixel_encoding, format_version=format_version)
+        self.interrupt = False
+        """Set to `True` by a callback, ends the sampling after the present step."""
+
+    @classmethod
+    def from_pipeline(
+        cls,
+        pipeline: DiffusionPipeline,
+        *,
+        num_levels: int = 256,
+        pixel_encoding: str = "endpoint",
+        scheduler: SchedulerMixin | None = None,
+    ) -> VDMPipeline:
+        """Adopt a pipeline of Diffusers that has `unet` and `scheduler` and works on pixels; the weights are shared.
+
+        Args:
+            pipeline: for instance `DDPMPipeline.from_pretrained("google/ddpm-cifar10-32")`.
+            num_levels, pixel_encoding: of the images it was trained on. Diffusers' training scripts map 8-bit images to
+                `k / 127.5 - 1`, which the defaults say.
+            scheduler: instead of the pipeline's own; `VDMScheduler.from_config(pipeline.scheduler.config)` for the exact one.
+
+        Raises:
+            ValueError: if the pipeline has further components: a VAE, a text encoder, or another thing that this one
+                would leave out.
+        """
+        components = {name: part for name, part in pipeline.components.items() if part is not None}
+        if set(components) != {"unet", "scheduler"}:
+            raise ValueError(
+                f"`pipeline` must consist of a unet and a scheduler, got {type(pipeline).__name__} with "
+                f"{', '.join(sorted(components))}. A model of latents has no pixels to decode here; a network under another "
+                "name is passed as VDMPipeline(unet=..., scheduler=...)."
+            )
+        return cls(
+            components["unet"],
+            scheduler or components["scheduler"],
+            num_levels=num_levels,
+            pixel_encoding=pixel_encoding,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        num_inference_steps: int | None = None,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        latents: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[VDMPipeline, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
+        | PipelineCallback
+        | MultiPipelineCallbacks
+        | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
+        r"""Sample images.
+
+        Args:
+            batch_size: number of images; `None`: as many as there are `latents` or `class_labels`, else one.
+            num_inference_steps: steps of the grid; `None`: the scheduler's `num_train_timesteps`.
+            class_labels: one for all images, or one for each, if the model has classes.
+            latents: `(batch_size, C, H, W)` standard normal noise to start from, for instance of another size than the model's
+                `sample_size`; `None`: drawn from `generator`.
+            generator: of the noise; a list has one for each image, and an image then does not depend on its neighbours.
+            output_type: `"pil"`: 8-bit images, levels scaled to 0..255; `"np"`: `(B, H, W, C)` and `"pt"`: `(B, C, H, W)`, float32
+                in [0, 1], level `k` as `k / (num_levels - 1)`; `"latent"`: the last latents, not decoded.
+            return_dict: return an [`ImagePipelineOutput`], else a tuple of its only field.
+            callback_on_step_end: called as `callback(pipe, index, timestep, {"latents": ...})` after every step; a dictionary that
+                it returns replaces the latents. Setting `pipe.interrupt = True` ends the sampling after this step.
+            callback_on_step_end_tensor_inputs: the names that the callback is given; only `latents` exists.
+
+        Raises:
+            ValueError: if an argument does not fit the others or the model, before anything is computed; if the latents
+                are not finite at the end.
+
+        Example:
+        ```py
+        >>> pipe = VDMPipeline.from_pretrained("path/or/repository")
+        >>> image = pipe(num_inference_steps=250, generator=torch.Generator().manual_seed(0)).images[0]
+        ```
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        shape = self._check_inputs(
+            batch_size,
+            num_inference_steps,
+            class_labels,
+            latents,
+            generator,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        device = self._execution_device
+        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+        if num_inference_steps is None:
+            num_inference_steps = self.scheduler.config.num_train_timesteps
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+
+        if latents is None:
+            # mps draws from the CPU's generator, which alone is reproducible there
+            source = torch.device("cpu") if device.type == "mps" else device
+            latents = randn_tensor(shape, generator=generator, device=source, dtype=dtype)
+        latents = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        conditioning = {} if class_labels is None else {"class_labels": _labels(class_labels, shape[0]).to(device)}
+        # A network that reads the last bits of the sample says so; any other gets it in the dtype of its weights.
+        model_dtype = dtype if getattr(self.unet, "takes_float32_sample", False) else self.unet.dtype
+        # deterministic schedulers of Diffusers take no generator
+        step_kwargs = (
+            {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
+        )
+
+        self.interrupt = False
+        timesteps = self.scheduler.timesteps
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                model_input = self.scheduler.scale_model_input(latents, t).to(model_dtype)
+                model_output = self.unet(model_input, t.expand(shape[0]), **conditioning).sample.to(dtype)
+                model_output = self._without_unused_variance(model_output, shape[1])
+                latents = self.scheduler.step(model_output, t, latents, **step_kwargs, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                    latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
+                progress_bar.update()
+                if self.interrupt:
+                    break
+
+        images = latents if output_type == "latent" else self._to_images(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """The last latents of the grid -> integer levels `k` in 0..num_levels-1: int64 `(B, C, H, W)`.
+
+        `z_0` is divided by `alpha_0` first if the scheduler ends there, which makes `k` the mode of the model's decoder.
+        """
+        # Asked by name and not by class: a class that was loaded from a repository's own code is another one.
+        if getattr(self.scheduler, "is_log_snr_schedule", False) and self.scheduler.config.final_step == "latent":
+            alpha_0, _ = alpha_sigma(self.scheduler.noise_schedule.log_snr_max)
+            latents = latents / expand_to(alpha_0, latents)
+        return decode_pixels(latents, self.config.num_levels, self.config.pixel_encoding)
+
+    def _to_images(self, latents: torch.Tensor, output_type: str) -> Any:
+        levels = self.decode_latents(latents if output_type == "pt" else latents.cpu())
+        highest = self.config.num_levels - 1
+        if output_type == "pt":
+            return levels.to(torch.float32) / highest
+        pixels = levels.permute(0, 2, 3, 1).numpy()
+        if output_type == "np":
+            return pixels.astype(np.float32) / np.float32(highest)
+        pixels = ((2 * pixels * 255 + highest) // (2 * highest)).astype(np.uint8)  # rounded in whole numbers
+        mode = _PIL_MODES[pixels.shape[-1]]
+        return [PIL.Image.fromarray(image[..., 0] if mode == "L" else image, mode=mode) for image in pixels]
+
+    def _without_unused_variance(self, model_output: torch.Tensor, num_channels: int) -> torch.Tensor:
+        """Drop the second half of the channels, a learned variance, where the scheduler would not know what it is."""
+        learned = str(self.scheduler.config.get("variance_type")).startswith("learned")
+        if model_output.shape[1] == 2 * num_channels and not learned:
+            return model_output[:, :num_channels]
+        return model_output
+
+    def _check_inputs(
+        self,
+        batch_size: int | None,
+        num_inference_steps: int | None,
+        class_labels: int | Sequence[int] | torch.Tensor | None,
+        latents: torch.Tensor | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+    ) -> tuple[int, int, int, int]:
+        """The latents' shape, or a ValueError that says what does not fit."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+        if num_inference_steps is not None and num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be at least 1, got {num_inference_steps}.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, got {sorted(unknown)}."
+            )
+        labels = None if class_labels is None else torch.as_tensor(class_labels)
+        if labels is not None and (labels.ndim > 1 or labels.is_floating_point() or labels.dtype == torch.bool):
+            raise ValueError(f"`class_labels` must be whole numbers, one or a list of them, got {class_labels!r}.")
+        counts = {
+            "latents": None if latents is None else len(latents),
+            "class_labels": len(labels) if labels is not None and labels.ndim else None,
+        }
+        if batch_size is None:
+            batch_size = next((count for count in counts.values() if count is not None), 1)
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        counts["generator"] = len(generator) if isinstance(generator, list) else None
+        for name, count in counts.items():
+            if count is not None and count != batch_size:
+                raise ValueError(f"`{name}` must have one entry for each of the {batch_size} images, got {count}.")
+        channels, size = self.unet.config.in_channels, self.unet.config.get("sample_size")
+        if output_type == "pil" and channels not in _PIL_MODES:
+            raise ValueError(
+                f"`output_type='pil'` needs 1 to 4 channels, the model has {channels}: take 'np' or 'pt'."
+            )
+        if latents is not None:
+            if latents.ndim != 4 or latents.shape[1] != channels or not latents.is_floating_point():
+                raise ValueError(
+                    f"`latents` must be floats of shape ({batch_size}, {channels}, H, W), got {latents.dtype} of shape "
+                    f"{tuple(latents.shape)}."
+                )
+            return (batch_size, channels, latents.shape[2], latents.shape[3])
+        if size is None:
+            raise ValueError(
+                "the model's config has no `sample_size`: pass `latents`, standard normal noise of shape "
+                f"({batch_size}, {channels}, H, W)."
+            )
+        height, width = (size, size) if isinstance(size, int) else size
+        return (batch_size, channels, height, width)
+
+
+def _labels(class_labels: int | Sequence[int] | torch.Tensor, batch_size: int) -> torch.Tensor:
+    return torch.as_tensor(class_labels).long().expand(batch_size)
