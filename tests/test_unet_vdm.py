@@ -6,9 +6,9 @@ import math
 import mpmath
 import pytest
 import torch
-from diffusers import ModelMixin
+from diffusers import ModelMixin, UNet2DModel
 
-from vdm_diffusers.models import FourierFeatures, VDMUNet2DModel
+from vdm_diffusers.models import FourierFeatures, FourierFeaturesUNet, VDMUNet2DModel
 
 SMALL = {
     "in_channels": 3,
@@ -320,3 +320,75 @@ def test_refuses_config(overrides, message):
 def test_refuses_input(shape, timestep, message):
     with pytest.raises(ValueError, match=message):
         make()(torch.zeros(shape), timestep)
+
+
+UNET = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+    "num_class_embeds": 3,
+}
+
+
+class TestFourierFeaturesUNet:
+    @pytest.fixture
+    def model(self):
+        torch.manual_seed(0)
+        return FourierFeaturesUNet(UNET, sample_size=(8, 4), fourier_exponents=(1, 2)).eval()
+
+    @pytest.fixture
+    def sample(self):
+        return torch.randn(2, 3, 8, 4, generator=torch.Generator().manual_seed(1))
+
+    labels = torch.tensor([0, 2])
+
+    def test_is_the_unet_of_the_features_plus_the_sample(self, model, sample):
+        assert isinstance(model.unet, UNet2DModel)
+        features = torch.cat([sample, *((f * math.pi * sample).sin() for f in (2, 4))], dim=1)
+        features = torch.cat([features, *((f * math.pi * sample).cos() for f in (2, 4))], dim=1)
+        expected = model.unet(features, 5.5, self.labels).sample + sample
+        torch.testing.assert_close(model(sample, 5.5, self.labels).sample, expected, atol=1e-4, rtol=1e-4)
+        assert torch.equal(
+            model(sample, 5.5, self.labels, return_dict=False)[0], model(sample, 5.5, self.labels).sample
+        )
+
+    def test_save_and_load(self, model, sample, tmp_path):
+        model.save_pretrained(tmp_path)
+        loaded = FourierFeaturesUNet.from_pretrained(tmp_path)
+        assert loaded.__module__ == "vdm_diffusers"
+        assert (loaded.config.in_channels, tuple(loaded.config.sample_size)) == (3, (8, 4))
+        assert torch.equal(loaded(sample, 5, self.labels).sample, model(sample, 5, self.labels).sample)
+
+    def test_half_precision(self, model, sample):
+        reference = model(sample, 5, self.labels).sample
+        seen = []
+        model.fourier_features.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model(sample, 5, self.labels).sample, reference, atol=0.1, rtol=0)
+        output = model.to(torch.bfloat16)(sample, 5, self.labels).sample
+        assert output.dtype == torch.float32
+        torch.testing.assert_close(output, reference, atol=0.1, rtol=0)
+        assert seen == [torch.float32, torch.float32]
+
+    def test_gradient_checkpointing(self, model, sample):
+        results = []
+        for enable in (False, True):
+            if enable:
+                model.enable_gradient_checkpointing()
+            model.zero_grad()
+            model.train()(sample, 5, self.labels).sample.square().sum().backward()
+            results.append([parameter.grad for parameter in model.parameters()])
+        assert model.is_gradient_checkpointing
+        for plain, checkpointed in zip(*results, strict=True):
+            torch.testing.assert_close(plain, checkpointed)
+
+    def test_refuses(self, model):
+        with pytest.raises(ValueError, match=r"`unet_config` must not set \['in_channels'\]"):
+            FourierFeaturesUNet({**UNET, "in_channels": 3})
+        with pytest.raises(ValueError, match="`out_channels` must be at least"):
+            FourierFeaturesUNet(UNET, out_channels=1)
+        with pytest.raises(ValueError, match="`sample` must have shape"):
+            model(torch.zeros(2, 1, 8, 4), 5, self.labels)

@@ -1,4 +1,5 @@
 """Networks: what predicts the noise, in the shape that Diffusers' pipelines expect."""
 
 from vdm_diffusers.models.fourier import FourierFeatures as FourierFeatures
+from vdm_diffusers.models.fourier import FourierFeaturesUNet as FourierFeaturesUNet
 from vdm_diffusers.models.unet_vdm import VDMUNet2DModel as VDMUNet2DModel
