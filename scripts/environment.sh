@@ -11,7 +11,7 @@ say() { printf '%s\n' "$*" >&2; }
 
 # One word for what the given Python offers: old (Python itself), notorch, torch (the rest is missing), or ready.
 probe() {
-    "$1" - "$extras" <<'PY'
+    "$1" -W ignore - "$extras" <<'PY'
 import re, sys
 if sys.version_info < (3, 10):
     sys.exit(print("old"))
@@ -84,12 +84,12 @@ fi
 python=.venv/bin/python
 if [ ! -x "$python" ]; then
     if [ "$found" = torch ]; then
-        say "Making .venv on top of $active, whose torch it uses (about 1 GB on disk)."
+        say "Making .venv on top of $active, whose torch it uses (0.7 GB on disk for the other packages)."
         "$active" -m venv --system-site-packages .venv
     else
         say "The active Python ($active) has no suitable torch, so an environment is made in .venv."
         say "On Linux, pip's default build of torch includes CUDA: several GB to download. Without a GPU, the CPU build does"
-        say "(about 0.2 GB, and 0.3 GB for the other packages): press Ctrl-C, run \`$active -m venv .venv\`, install torch into"
+        say "(0.2 GB, and as much for the other packages): press Ctrl-C, run \`$active -m venv .venv\`, install torch into"
         say ".venv as https://pytorch.org/get-started/locally/ says for CPU, and give this command again."
         if [ -t 0 ]; then
             say "Going on in 10 seconds."
