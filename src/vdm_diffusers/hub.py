@@ -1,0 +1,704 @@
+"""Publishing on the Hugging Face Hub: who may push, what is pushed, the code that travels with it, and the model card.
+
+    check_hub_access("me/my-model", private=True)          # before the first training step
+    publish_folder("outputs/run", "me/my-model")           # or run_as_future=True, while training goes on
+    write_model_card("outputs/run", ModelDescription(...))
+
+A card states figures as `Measurement`s. Each carries its error bars, the data it was measured on, how, and a `Provenance`; there
+is no way to write a number without them. What is pushed is the model, its card and its pictures, and nothing that looks like a
+token; weights are safetensors.
+
+A published repository loads in three ways: with this package, through Diffusers with this package imported, and without it, by
+the code files that `publish_folder` adds (`travelling_code`): the package's own sources in one file, made when publishing.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+import tokenize
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, get_token
+
+HUB_NAMESPACE: str | None = None
+"""Where the models of `model_cards/` live on the Hub. While it is None they are loaded from that folder of a checkout."""
+
+CODE_FILE = "vdm_diffusers.py"
+CODE_PATHS = (CODE_FILE, f"unet/{CODE_FILE}", f"scheduler/{CODE_FILE}")
+PUBLISHED_SUFFIXES = (".safetensors", ".json", ".md", ".png", ".jpg", ".svg", ".yaml")
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+
+
+def model_location(name: str) -> str:
+    """What `from_pretrained` is given for the model of `model_cards/<name>`: its Hub id once published, else the folder."""
+    return f"{HUB_NAMESPACE}/{name}" if HUB_NAMESPACE else f"model_cards/{name}"
+
+
+# --- pushing ----------------------------------------------------------------------------------------------------------
+
+
+def check_hub_access(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Make sure that `repo_id` can be pushed to, and create it if it does not exist: before hours are spent on training.
+
+    Arguments:
+        repo_id: "namespace/name", or "name" for the user's own namespace.
+        private: of a new repository; None: as the namespace has it. True refuses an existing public one.
+        token: None: the one that `hf auth login` or HF_TOKEN left.
+    Returns:
+        The full "namespace/name".
+    Raises:
+        LocalTokenNotFoundError: nobody is logged in.
+        HfHubHTTPError: the token is not valid.
+        PermissionError: the token may not write there, or a private repository was asked for and there is a public one.
+    """
+    api = HfApi(token=token)
+    user = api.whoami()
+    namespace = repo_id.split("/")[0] if "/" in repo_id else user["name"]
+    role = user.get("auth", {}).get("accessToken", {}).get("role")
+    if role == "read":
+        raise PermissionError(
+            f"`token` may only read, pushing to {repo_id!r} needs one that may write: hf auth login."
+        )
+    if namespace not in (user["name"], *(org["name"] for org in user.get("orgs", []))):
+        raise PermissionError(
+            f"{user['name']} may not push to {repo_id!r}: {namespace} is neither that user nor an own organisation."
+        )
+    full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(full_id).private:
+        raise PermissionError(
+            f"a private repository was asked for and {full_id!r} exists and is public: make it private on the Hub, or choose "
+            "another name."
+        )
+    return full_id
+
+
+def publish_folder(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+    commit_message: str = "Upload VDMPipeline",
+    token: str | None = None,
+    run_as_future: bool = False,
+) -> CommitInfo | Future[CommitInfo]:
+    """Push the checkpoint in `folder`, its card and its pictures as one commit, together with the code that loads it.
+
+    Files that the repository already holds are not sent again, and where nothing has changed no commit is made. So a
+    broken upload is resumed by calling this again. Folders of training state, logs and everything else stay behind.
+
+    Arguments:
+        folder: what `VDMPipeline.save_pretrained` wrote. Without a README.md in it or in the repository a short card is made.
+        repo_id, private, token: as in `check_hub_access`.
+        revision: branch to push to, created if it does not exist; None: "main".
+        create_pr: open a pull request instead.
+        tag: given to the commit. A tag that exists and means another commit is refused before anything is sent.
+        run_as_future: return at once; the folder is copied first, so that training may overwrite it. Pushes queue up in order.
+    Returns:
+        The commit, or a future of it.
+    Raises:
+        ValueError: no checkpoint in `folder`, weights that are no safetensors, something that looks like a token, or a
+            tag that is taken.
+        as `check_hub_access`, and huggingface_hub's own errors when the upload fails for good.
+    """
+    folder = Path(folder)
+    api = HfApi(token=token)
+    files = _publishable(folder, token)
+    if run_as_future:
+        copy = Path(tempfile.mkdtemp(prefix="vdm-diffusers-"))
+        for name in files:
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, copy / name)
+
+        def push_and_clean() -> CommitInfo:
+            try:
+                return _push(api, copy, files, repo_id, private, revision, create_pr, tag, commit_message)
+            finally:
+                shutil.rmtree(copy, ignore_errors=True)
+
+        return _uploads().run_as_future(push_and_clean)
+    return _push(api, folder, files, repo_id, private, revision, create_pr, tag, commit_message)
+
+
+@cache
+def _uploads() -> HfApi:
+    return HfApi()  # one queue for the process: two checkpoints never overtake each other
+
+
+def _push(
+    api: HfApi,
+    folder: Path,
+    files: list[str],
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    create_pr: bool,
+    tag: str | None,
+    commit_message: str,
+) -> CommitInfo:
+    repo_id = check_hub_access(repo_id, private=private, token=api.token if isinstance(api.token, str) else None)
+    refs = api.list_repo_refs(repo_id)
+    if revision is not None and not create_pr and revision not in {branch.name for branch in refs.branches}:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    content: dict[str, bytes | str] = {name: str(folder / name) for name in files}
+    readme = folder / "README.md"
+    if readme.exists():
+        content["README.md"] = _with_usage(readme.read_text(encoding="utf-8"), repo_id, folder).encode()
+    elif not api.file_exists(repo_id, "README.md", revision=None if create_pr else revision):
+        content["README.md"] = _short_card(repo_id, folder).encode()
+    content.update(dict.fromkeys(CODE_PATHS, travelling_code().encode()))
+    tags = {held.name: held.target_commit for held in refs.tags}
+    if tag in tags:
+        head = api.repo_info(repo_id, revision=revision).sha
+        if tags[tag] != head:
+            raise ValueError(
+                f"`tag` {tag!r} exists in {repo_id} and is another commit ({tags[tag]}): choose a new one."
+            )
+    commit = api.create_commit(
+        repo_id,
+        [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in sorted(content.items())],
+        commit_message=commit_message,
+        revision=revision,
+        create_pr=create_pr,
+    )
+    if tag is not None and tags.get(tag) != commit.oid:
+        api.create_tag(repo_id, tag=tag, revision=commit.oid)
+    return commit
+
+
+def _publishable(folder: Path, token: str | None) -> list[str]:
+    """Paths of what is pushed, relative to `folder`."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise ValueError(
+            f"`folder` must hold a pipeline, got {str(folder)!r} without model_index.json: save_pretrained first."
+        )
+    components = [
+        name for name, value in json.loads(index.read_text(encoding="utf-8")).items() if isinstance(value, list)
+    ]
+    candidates = [*folder.iterdir(), *(path for name in components for path in sorted((folder / name).glob("*")))]
+    pickled = [
+        path
+        for path in candidates
+        if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl") and path.parent != folder
+    ]
+    if pickled:
+        raise ValueError(
+            f"weights are published as safetensors only, got {pickled[0].name}: save_pretrained writes them."
+        )
+    files = [path for path in candidates if path.is_file() and path.suffix in PUBLISHED_SUFFIXES]
+    own = token or get_token()
+    for path in files:
+        if path.suffix in (".json", ".md", ".yaml", ".svg"):
+            text = path.read_text(encoding="utf-8")
+            if _TOKEN.search(text) or (own and own in text):
+                raise ValueError(
+                    f"{path} holds what looks like an access token: nothing was uploaded. Remove it, and revoke it."
+                )
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+# --- the code that travels --------------------------------------------------------------------------------------------
+
+_TRAVELLERS = ("models/unet_vdm", "schedulers/scheduling_vdm", "pipelines/pipeline_vdm")  # with all that they import
+
+
+def has_travelled() -> bool:
+    """Whether this very code was loaded from a repository instead of the installed package."""
+    return Path(__file__).name == CODE_FILE
+
+
+@cache
+def travelling_code() -> str:
+    """One self-contained module with the network, the scheduler and the pipeline, made of the package's own sources.
+
+    Diffusers imports each code file of a repository as a module of its own, and those in folders under one and the same
+    name: so a repository carries three copies of one file. In a copy that has travelled this returns the copy, and what was
+    loaded from a repository can be published again.
+    """
+    if has_travelled():
+        return Path(__file__).read_text(encoding="utf-8")
+    package = Path(__file__).parent
+    sources: dict[str, str] = {}
+
+    def collect(module: str) -> None:
+        if module in sources:
+            return
+        source = (package / f"{module}.py").read_text(encoding="utf-8")
+        for node in ast.parse(source).body:
+            if (own := _own_module(node, module)) is not None:
+                collect(own)
+        sources[module] = source  # after what it needs
+
+    for module in _TRAVELLERS:
+        collect(module)
+    header = (
+        f"# vdm-diffusers {metadata.version('vdm-diffusers')} (Apache-2.0) in one file, for those who load this repository without the\n"
+        "# package: made from the package's sources when the model was published, not to be edited.\n"
+    )
+    return header + _joined(sources)
+
+
+def write_travelling_code(folder: str | os.PathLike[str]) -> None:
+    """Write `travelling_code` where a repository carries it, so that the folder loads without this package."""
+    for name in CODE_PATHS:
+        path = Path(folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(travelling_code(), encoding="utf-8")
+
+
+def _own_module(node: ast.AST, module: str) -> str | None:
+    """The module of this package that an import statement of `module` names, as a path such as "models/fourier"."""
+    if isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "vdm_diffusers" for alias in node.names):
+        raise ValueError(
+            f"{module} says `{ast.unparse(node)}`: in code that travels write `from .module import name`."
+        )
+    if not isinstance(node, ast.ImportFrom):
+        return None
+    parts = (node.module or "").split(".") if node.module else []
+    if node.level:
+        parents = module.split("/")[:-1]
+        parts = [*parents[: len(parents) - node.level + 1], *parts]
+    elif parts[:1] != ["vdm_diffusers"]:
+        return None
+    else:
+        parts = parts[1:]
+    if not (Path(__file__).parent / "/".join(parts)).with_suffix(".py").is_file():
+        raise ValueError(
+            f"{module} says `{ast.unparse(node)}`: code that travels imports names from modules, not from packages."
+        )
+    return "/".join(parts)
+
+
+def _joined(sources: Mapping[str, str]) -> str:
+    """The modules one after another, the imports of each other resolved and the others gathered at the top.
+
+    A private name that two modules define is made unique. Raises ValueError for a public one, and for an import of a
+    module of the package inside a function.
+    """
+    imports: dict[str, None] = {}
+    bodies: list[str] = []
+    taken: dict[str, str] = {}  # name in the joined file -> the statement that defines it
+    names: dict[str, dict[str, str]] = {}  # module -> its top-level names -> their names in the joined file
+    for module, source in sources.items():
+        tree, lines = ast.parse(source), source.splitlines()
+        drop: set[int] = set()
+        renamed: dict[str, str] = {}
+        names[module] = {}
+        top_imports = set()
+        for index, node in enumerate(tree.body):
+            span = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+            docstring = index == 0 and isinstance(node, ast.Expr)
+            if docstring or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+                drop.update(span)
+            elif isinstance(node, (ast.Import, ast.ImportFrom)):
+                drop.update(span)
+                top_imports.add(node)
+                own = _own_module(node, module)
+                for alias in node.names:
+                    if own is not None:
+                        final = names[own].get(alias.name, alias.name)
+                        if final != (alias.asname or alias.name):
+                            renamed[alias.asname or alias.name] = final
+                    elif isinstance(node, ast.ImportFrom):
+                        imports[ast.unparse(ast.ImportFrom(node.module, [alias], 0))] = None
+                    else:
+                        imports[ast.unparse(ast.Import([alias]))] = None
+            for name in set(_defined(node)) - set(names[module]):
+                statement, final = ast.unparse(node), name
+                if taken.get(name) == statement:
+                    drop.update(span)  # the same thing said twice, such as a logger
+                elif name in taken and name.startswith("_"):
+                    final = renamed[name] = f"_{module.rpartition('/')[2]}{name}"
+                elif name in taken:
+                    raise ValueError(
+                        f"{name!r} of {module} is defined in another module too: code that travels needs one."
+                    )
+                taken.setdefault(final, statement)
+                names[module][name] = final
+        for inner in ast.walk(tree):
+            nested = isinstance(inner, (ast.Import, ast.ImportFrom)) and inner not in top_imports
+            if nested and _own_module(inner, module):
+                raise ValueError(f"{module} imports from the package inside a function: code that travels cannot.")
+        kept = "\n".join("" if number in drop else line for number, line in enumerate(lines, 1))
+        bodies.append(f"# --- {module} ---\n\n{_rename(kept, renamed).strip()}\n")
+    future = [line for line in imports if line.startswith("from __future__")]
+    head = "\n".join([*future, *sorted(line for line in imports if line not in future)])
+    return head + "\n\n\n" + "\n\n".join(re.sub(r"\n{4,}", "\n\n\n", body) for body in bodies)
+
+
+def _defined(node: ast.stmt) -> list[str]:
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = (
+        node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    )
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+
+
+def _rename(source: str, names: Mapping[str, str]) -> str:
+    """`source` with every use of a name (not of an attribute) replaced."""
+    if not names:
+        return source
+    lines = source.splitlines()
+    previous = ""
+    edits = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.NAME and token.string in names and previous != ".":
+            edits.append((token.start, token.end, names[token.string]))
+        previous = token.string
+    for (row, start), (_, end), new in reversed(edits):
+        lines[row - 1] = lines[row - 1][:start] + new + lines[row - 1][end:]
+    return "\n".join(lines)
+
+
+# --- the model card ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How a number or a file came about: enough to make it again. Every field is required, and none may be empty.
+
+    Arguments:
+        command: as typed; tokens in it are blotted out. seed: of the run.
+        versions: of python and the packages that matter. machine: what it ran on. date: ISO 8601, UTC.
+    """
+
+    command: str
+    seed: int
+    versions: Mapping[str, str]
+    machine: str
+    date: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "command", redact(self.command))
+        _require_text(self, "command", "machine", "date")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"`seed` must be a whole number, got {self.seed!r}.")
+        missing = {"vdm-diffusers", "torch", "diffusers"} - set(self.versions)
+        if missing:
+            raise ValueError(f"`versions` must name {', '.join(sorted(missing))} too.")
+
+    @classmethod
+    def of_this_run(cls, seed: int, command: str | None = None) -> Provenance:
+        """This process, now: `command` None stands for what it was started with."""
+        packages = ("vdm-diffusers", "torch", "diffusers", "numpy")
+        accelerators = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+        return cls(
+            command=command or shlex.join(["python", *sys.argv]),
+            seed=seed,
+            versions={"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+            machine=", ".join([f"{os.cpu_count()} CPU cores ({platform.machine()})", *sorted(accelerators)]),
+            date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """The data of a figure: name for people, identifier (a Hub dataset, or what provides it), version, split, images used."""
+
+    name: str
+    identifier: str
+    version: str
+    split: str
+    num_images: int
+    config: str | None = None
+
+    def __post_init__(self) -> None:
+        _require_text(self, "name", "identifier", "version", "split")
+        if self.num_images < 1:
+            raise ValueError(f"`num_images` must be at least 1, got {self.num_images}.")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Bits/dim, and all that one must know to believe it. Every field without a default is required.
+
+    Arguments:
+        bits_per_dim: mean over the images.
+        standard_error: of the estimator, for these images. sampling_error: between images, std / sqrt(N).
+        method: for people, such as "ELBO in continuous time". is_bound: an upper bound, or the likelihood itself.
+        num_steps: of the discrete chain or the solver; None in continuous time.
+        log_snr_max, log_snr_min: the end points of the schedule.
+        num_model_evaluations: in all, or for each image, as the evaluator counts.
+        data, provenance: what was measured, and how.
+        prior, diffusion, reconstruction: the terms of the bound in bits/dim, None where the method has none.
+    """
+
+    bits_per_dim: float
+    standard_error: float
+    sampling_error: float
+    method: str
+    is_bound: bool
+    num_steps: int | None
+    log_snr_max: float
+    log_snr_min: float
+    num_model_evaluations: int
+    data: EvaluationData
+    provenance: Provenance
+    prior: float | None = None
+    diffusion: float | None = None
+    reconstruction: float | None = None
+
+    def __post_init__(self) -> None:
+        _require_text(self, "method")
+        for name in ("bits_per_dim", "standard_error", "sampling_error", "log_snr_max", "log_snr_min"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
+        if min(self.standard_error, self.sampling_error) < 0:
+            raise ValueError(f"errors must not be negative, got {self.standard_error} and {self.sampling_error}.")
+        for name, kind in (("data", EvaluationData), ("provenance", Provenance)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(
+                    f"`{name}` must be {kind.__name__}, got {getattr(self, name)!r}: no figure without it."
+                )
+
+    @property
+    def error(self) -> float:
+        """Both errors combined."""
+        return math.hypot(self.standard_error, self.sampling_error)
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What a model card says.
+
+    Arguments:
+        title: of the card. summary: a sentence or two. license: SPDX identifier in the Hub's spelling, such as "apache-2.0".
+        training: how it was trained, in prose; training_data: identifiers. provenance: of the weights. duration: of the training.
+        measurements: the figures. limitations: at least one.
+        location: what `from_pretrained` is given; see `model_location`.
+        images: file in the folder -> caption: the sample grid, curves.
+        num_inference_steps: for the examples.
+    """
+
+    title: str
+    summary: str
+    license: str
+    training: str
+    training_data: Sequence[str]
+    provenance: Provenance
+    duration: str
+    measurements: Sequence[Measurement]
+    limitations: Sequence[str]
+    location: str
+    images: Mapping[str, str] = field(default_factory=dict)
+    num_inference_steps: int = 250
+    tags: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        _require_text(self, "title", "summary", "license", "training", "duration", "location")
+        if not isinstance(self.provenance, Provenance):
+            raise ValueError(f"`provenance` must be a Provenance, got {self.provenance!r}.")
+        if not all(isinstance(m, Measurement) for m in self.measurements):
+            raise ValueError("`measurements` must be Measurements: a bare number has no provenance.")
+        if not self.limitations:
+            raise ValueError("`limitations` must name at least one: every model has them.")
+
+
+def redact(text: str) -> str:
+    """`text` without access tokens: whatever looks like one, and whatever follows an option such as --hub_token."""
+    text = re.sub(r"(--?\w*token)(=|\s+)(?!-)(\S+)", r"\1\2***", text)
+    return _TOKEN.sub("***", text)
+
+
+def write_model_card(folder: str | os.PathLike[str], description: ModelDescription) -> Path:
+    """Write README.md into the folder of a saved `VDMPipeline`: metadata with the model-index, figures, usage, provenance.
+
+    The code in the section on usage runs as printed where `description.location` can be loaded; `publish_folder` puts the
+    repository's name there. Raises ValueError if an image is not in the folder.
+    """
+    folder = Path(folder)
+    missing = [name for name in description.images if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"`images` must be files in {folder}, got {missing}.")
+    data = _card_data(description.license, description.tags)
+    data.datasets = list(description.training_data) or None
+    data.model_name = description.title
+    data.eval_results = [_eval_result(m) for m in description.measurements] or None
+    sections = [
+        f"# {description.title}",
+        description.summary,
+        *(f"![{caption}]({name})\n\n*{caption}*" for name, caption in description.images.items()),
+        *(["## Likelihood", _figures(description.measurements)] if description.measurements else []),
+        "## Usage",
+        f"{_USAGE[0]}\n{_usage(description.location, folder, description.num_inference_steps, published=False)}\n{_USAGE[1]}",
+        "## Training",
+        description.training,
+        _provenance_table(description.provenance, {"time": description.duration}),
+        "## Limitations",
+        "\n".join(f"- {limitation}" for limitation in description.limitations),
+    ]
+    path = folder / "README.md"
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    temporary = path.with_suffix(".md.tmp")
+    temporary.write_text(redact(str(card)), encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+_USAGE = ("<!-- usage: written by vdm_diffusers -->", "<!-- end of usage -->")
+
+
+def _card_data(license: str | None, tags: Sequence[str] = ()) -> ModelCardData:
+    return ModelCardData(
+        license=license,
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=sorted({"diffusers", "vdm-diffusers", "variational-diffusion-model", *tags}),
+    )
+
+
+def _eval_result(m: Measurement) -> EvalResult:
+    return EvalResult(
+        task_type="unconditional-image-generation",
+        task_name="Density estimation",
+        dataset_type=m.data.identifier,
+        dataset_name=m.data.name,
+        dataset_config=m.data.config,
+        dataset_split=m.data.split,
+        dataset_revision=m.data.version,
+        metric_type="bits_per_dim",
+        metric_name=f"bits/dim ({m.method}{', upper bound' if m.is_bound else ''})",
+        metric_value=round(float(m.bits_per_dim), 6),
+        metric_args={
+            "standard_error": float(m.standard_error),
+            "sampling_error": float(m.sampling_error),
+            "method": m.method,
+            "is_bound": m.is_bound,
+            "num_steps": m.num_steps,
+            "log_snr_max": float(m.log_snr_max),
+            "log_snr_min": float(m.log_snr_min),
+            "num_images": m.data.num_images,
+            "num_model_evaluations": m.num_model_evaluations,
+            "command": m.provenance.command,
+            "seed": m.provenance.seed,
+            "versions": dict(m.provenance.versions),
+            "machine": m.provenance.machine,
+            "date": m.provenance.date,
+        },
+    )
+
+
+def _figures(measurements: Sequence[Measurement]) -> str:
+    rows = [
+        "| data | bits/dim | prior + diffusion + reconstruction | method | end points (log SNR) |",
+        "|---|---|---|---|---|",
+    ]
+    for m in measurements:
+        terms = (m.prior, m.diffusion, m.reconstruction)
+        split = " + ".join(f"{term:.4f}" for term in terms if term is not None) or "-"
+        steps = "" if m.num_steps is None else f", {m.num_steps} steps"
+        data = f"{m.data.name} {m.data.version}, {m.data.split}, {m.data.num_images} images"
+        bound = "≤ " if m.is_bound else ""
+        rows.append(
+            f"| {data} | {bound}{m.bits_per_dim:.4f} ± {m.error:.4f} | {split} | {m.method}{steps} | "
+            f"{m.log_snr_max:g}, {m.log_snr_min:g} |"
+        )
+    errors = [
+        f"The error combines the estimator's own ({m.standard_error:.2g}) with that between images ({m.sampling_error:.2g}).\n\n"
+        + _provenance_table(m.provenance, {"model evaluations": str(m.num_model_evaluations)})
+        for m in measurements
+    ]
+    return "\n".join(rows) + "\n\n" + "\n\n".join(errors)
+
+
+def _provenance_table(provenance: Provenance, more: Mapping[str, str]) -> str:
+    rows = {
+        "command": f"`{provenance.command}`",
+        "seed": str(provenance.seed),
+        "versions": ", ".join(f"{name} {version}" for name, version in provenance.versions.items()),
+        "machine": provenance.machine,
+        "date": provenance.date,
+        **more,
+    }
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def _usage(location: str, folder: Path, num_inference_steps: int, published: bool) -> str:
+    """How to sample and to evaluate, as code that runs."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    network = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+    size = network.get("sample_size") or 32
+    height, width = (size, size) if isinstance(size, int) else size
+    classes = network.get("num_class_embeds")
+    labels = "class_labels=[0, 0, 0, 0], " if classes else ""
+    sample = f"pipe(batch_size=4, {labels}num_inference_steps={num_inference_steps})"
+    levels, encoding = index.get("num_levels", 256), index.get("pixel_encoding", "bin_center")
+    label_argument = ", class_labels=torch.zeros(8, dtype=torch.long)" if classes else ""
+    blocks = [
+        "With the package `vdm-diffusers` installed:",
+        "```python",
+        "from vdm_diffusers import VDMPipeline",
+        "",
+        f'pipe = VDMPipeline.from_pretrained("{location}")',
+        f"images = {sample}.images  # PIL images",
+        "```",
+        f"Its likelihood of your own images, integers 0 to {levels - 1} (the model knows them as `{encoding}`):",
+        "```python",
+        "import torch",
+        "from vdm_diffusers import evaluate_likelihood",
+        "",
+        f"images = torch.randint({levels}, (8, {network.get('in_channels', 3)}, {height}, {width}))  # yours in place of noise",
+        f"report = evaluate_likelihood(pipe, images{label_argument})",
+        "print(report.bits_per_dim, report.standard_error)",
+        "```",
+    ]
+    if published:
+        blocks += [
+            "Without it, by the code in this repository (read it first: `trust_remote_code` runs it):",
+            "```python",
+            "from diffusers import DiffusionPipeline",
+            "",
+            f'pipe = DiffusionPipeline.from_pretrained("{location}", custom_pipeline="vdm_diffusers", trust_remote_code=True)',
+            f"images = {sample}.images",
+            "```",
+        ]
+    return "\n".join(blocks)
+
+
+def _with_usage(card: str, repo_id: str, folder: Path) -> str:
+    """The card with its section on usage made for the repository; a card without the marks is left as it is."""
+    start, end = card.find(_USAGE[0]), card.find(_USAGE[1])
+    if min(start, end) < 0:
+        return card
+    steps = re.search(r"num_inference_steps=(\d+)", card[start:end])
+    usage = _usage(repo_id, folder, int(steps[1]) if steps else 250, published=True)
+    return f"{card[: start + len(_USAGE[0])]}\n{usage}\n{card[end:]}"
+
+
+def _short_card(repo_id: str, folder: Path) -> str:
+    """For a repository that would have no card: what it is and how to use it, and not one figure."""
+    return str(
+        ModelCard(
+            f"---\n{_card_data(None).to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n\nA variational diffusion model.\n\n## Usage\n\n"
+            f"{_USAGE[0]}\n{_usage(repo_id, folder, 250, published=True)}\n{_USAGE[1]}\n"
+        )
+    )
+
+
+def _require_text(record: object, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"`{name}` of {type(record).__name__} must be text, got {value!r}.")
