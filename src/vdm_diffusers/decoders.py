@@ -19,9 +19,10 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .gaussian import Path, alpha_sigma
-from .numerics import as_float64, expand_to, sum_except_batch
+from .numerics import as_float64, expand_to, on_host, sum_except_batch
 
 PixelEncoding = Literal["bin_center", "endpoint"]
 PIXEL_ENCODINGS: tuple[str, ...] = get_args(PixelEncoding)
@@ -37,7 +38,7 @@ def encode_pixels(
     """Integers k in 0..num_levels-1 -> x_k in [-1, 1], of any shape, rounded once to `dtype`.
 
     Raises:
-        ValueError: fewer than two levels, unknown encoding, or values that are not integers.
+        ValueError: fewer than two levels, unknown encoding, or values that are not integers 0..num_levels-1 (range: on the CPU).
     """
     _check(num_levels, pixel_encoding)
     if levels.is_floating_point() or levels.dtype == torch.bool:
@@ -45,6 +46,7 @@ def encode_pixels(
             f"`levels` must hold integers 0..{num_levels - 1}, got dtype {levels.dtype}. For images in [0, 1] pass "
             "(images * (num_levels - 1)).round().long()."
         )
+    check_range(levels, num_levels)
     # (2 k + 1 - L) / L and (2 k - (L - 1)) / (L - 1): the numerators are exact, so there is one rounding
     if pixel_encoding == "bin_center":
         numerator, denominator = 2 * levels.long() + 1 - num_levels, num_levels
@@ -62,7 +64,7 @@ def decode_pixels(x: Tensor, num_levels: int = 256, pixel_encoding: PixelEncodin
     """
     _check(num_levels, pixel_encoding)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if x.device.type == "cpu" and not bool(x.isfinite().all()):
+    if on_host(x) and not bool(x.isfinite().all()):
         raise ValueError("`x` holds values that are not finite: the sampling or the network has diverged.")
     if pixel_encoding == "bin_center":  # level k owns [k, k + 1) / L
         return ((x + 1) / 2 * num_levels).floor().clamp(0, num_levels - 1).long()
@@ -97,13 +99,16 @@ def softmax_log_likelihood(
         levels: (B, ...) integers k. z_0: (B, ...) latents at log_snr_0.
         log_snr_0: () or (B,), finite.
     Returns:
-        (B,) nats, differentiable in z_0 and log_snr_0. Levels are summed in chunks, so that memory stays bounded.
+        (B,) nats, differentiable in z_0 and log_snr_0. Dimensions are taken in chunks, whose logits the backward pass computes
+        again, so that memory stays bounded.
     Raises:
-        ValueError: levels outside 0..num_levels-1 (on the CPU), shapes that differ.
-    Source: Kingma et al. 2021, section 3.3 and appendix B.
+        ValueError: levels outside 0..num_levels-1, a log_snr_0 that is not finite (both: on the CPU), shapes that differ.
+    Source: Kingma et al. 2021, equation 8 (section 3.3): p(x_i | z_0,i) proportional to q(z_0,i | x_i).
     """
     check_levels(levels, num_levels, z_0)
     log_snr_0 = as_float64(log_snr_0)
+    if on_host(log_snr_0) and not bool(log_snr_0.isfinite().all()):
+        raise ValueError(f"`log_snr_0` must be finite for the decoder to be a distribution, got {log_snr_0.tolist()}.")
     alpha, _ = alpha_sigma(log_snr_0, path)
     dtype = _accurate_dtype(z_0)
     ratio = (z_0.to(dtype) / expand_to(alpha, z_0, dtype)).flatten()
@@ -112,12 +117,16 @@ def softmax_log_likelihood(
     own = values[levels.flatten().to(z_0.device).long()]
     size = max(1, _CHUNK // num_levels)
     parts = []
-    for i in range(0, len(ratio), size):
-        r, h, x = ratio[i : i + size], half_snr[i : i + size], own[i : i + size]
-        # (r - x_k)^2 - (r - x)^2 = (x - x_k) (2 r - x - x_k): the true level's logit is exactly 0
-        logits = -h[:, None] * (x[:, None] - values) * (2 * r[:, None] - x[:, None] - values)
-        parts.append(-torch.logsumexp(logits, dim=1))
+    for r, h, x in zip(ratio.split(size), half_snr.split(size), own.split(size), strict=True):
+        parts.append(checkpoint(_log_softmax_of, x, r, h, values, use_reentrant=False, preserve_rng_state=False))
     return sum_except_batch(torch.cat(parts).reshape(z_0.shape))
+
+
+def _log_softmax_of(x: Tensor, ratio: Tensor, half_snr: Tensor, values: Tensor) -> Tensor:
+    """ln softmax of -half_snr (ratio - x_k)^2 at x_k = x, elementwise over the first three, of shape (n,)."""
+    # (r - x_k)^2 - (r - x)^2 = (x - x_k) (2 r - x - x_k): the true level's logit is exactly 0
+    logits = -half_snr[:, None] * (x[:, None] - values) * (2 * ratio[:, None] - x[:, None] - values)
+    return -torch.logsumexp(logits, dim=1)
 
 
 def discretized_gaussian_log_likelihood(
@@ -139,13 +148,18 @@ def discretized_gaussian_log_likelihood(
     Returns:
         (B,) nats, from the exact normal distribution function (no tanh approximation, no floor on the probability).
     Raises:
-        ValueError: levels outside 0..num_levels-1 (on the CPU), shapes that differ.
+        ValueError: levels outside 0..num_levels-1, a variance that is not positive (both: on the CPU), shapes that differ.
     Source: Ho et al. 2020, equation 13.
     """
     check_levels(levels, num_levels, mean)
     dtype = _accurate_dtype(mean)
     levels = levels.to(mean.device).long()
-    deviation = expand_to(as_float64(variance).sqrt(), mean, dtype)
+    variance = as_float64(variance)
+    if on_host(variance) and not bool((variance > 0).all()):
+        raise ValueError(
+            f"`variance` must be positive, got {float(variance.min())}: a discrete decoder needs a density."
+        )
+    deviation = expand_to(variance.sqrt(), mean, dtype)
     center = level_values(num_levels, pixel_encoding).to(device=mean.device, dtype=dtype)[levels] - mean.to(dtype)
     half = bin_width(num_levels, pixel_encoding) / 2
     upper = torch.where(levels == num_levels - 1, math.inf, (center + half) / deviation)
@@ -171,7 +185,12 @@ def check_levels(levels: Tensor, num_levels: int, like: Tensor) -> None:
         raise ValueError(f"`levels` must have the data's shape {tuple(like.shape)}, got {tuple(levels.shape)}.")
     if levels.is_floating_point():
         raise ValueError(f"`levels` must be integers, got {levels.dtype}: likelihoods are of integers, not of floats.")
-    if levels.device.type == "cpu" and levels.numel() and not 0 <= int(levels.min()) <= int(levels.max()) < num_levels:
+    check_range(levels, num_levels)
+
+
+def check_range(levels: Tensor, num_levels: int) -> None:
+    """Raise ValueError unless all `levels` (on the CPU) lie in 0..num_levels-1."""
+    if on_host(levels) and levels.numel() and not 0 <= int(levels.min()) <= int(levels.max()) < num_levels:
         raise ValueError(
             f"`levels` must lie in 0..{num_levels - 1}, got {int(levels.min())}..{int(levels.max())}. Is `num_levels` right?"
         )

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gaussian import Path, alpha_sigma
+from .gaussian import Path, alpha_sigma, variance_divergence
 from .numerics import as_float64, compute_dtype, expand_to, sum_except_batch
 
 
@@ -54,7 +54,7 @@ def prior_kl(x: Tensor, log_snr_1: Tensor | float, *, path: Path = "vp") -> Tens
 
     vp, flow: 1/2 sum [sigma_1^2 - 1 - ln sigma_1^2 + alpha_1^2 x^2]; ve: 1/2 sum x^2 / sigma_1^2.
 
-    Source: Kingma et al. 2021, equation 11.
+    Source: Kingma et al. 2021, the first term of equation 11.
     """
     log_snr_1 = as_float64(log_snr_1)
     alpha, sigma = alpha_sigma(log_snr_1, path)
@@ -66,13 +66,15 @@ def prior_kl(x: Tensor, log_snr_1: Tensor | float, *, path: Path = "vp") -> Tens
         scale = 1 if path == "vp" else 2
         log_variance = scale * F.logsigmoid(-log_snr_1 / scale)
         excess, precision = variance_less_one - log_variance, torch.ones_like(sigma)
-    dtype = compute_dtype(x)
-    square = (expand_to(alpha**2 * precision, x, dtype) * x.to(dtype) ** 2).double()
-    return 0.5 * sum_except_batch(square + expand_to(excess, x, square.dtype))
+    x = as_float64(x)
+    return 0.5 * sum_except_batch(expand_to(alpha**2 * precision, x) * x**2 + expand_to(excess, x))
 
 
 def discrete_weight(log_snr_s: Tensor | float, log_snr_t: Tensor | float) -> Tensor:
-    """1/2 expm1(log_snr_s - log_snr_t): weight of |eps - eps_hat|^2 in one step's KL. Float64, of the log SNRs' shape."""
+    """1/2 expm1(log_snr_s - log_snr_t): weight of |eps - eps_hat|^2 in one step's KL. Float64, of the log SNRs' shape.
+
+    Infinite at log_snr_s = +inf (a step to clean data is the decoder's) and at log_snr_t = -inf (use `discrete_weight_x`).
+    """
     return 0.5 * torch.expm1(as_float64(log_snr_s) - as_float64(log_snr_t))
 
 
@@ -88,7 +90,13 @@ def continuous_weight(log_snr_derivative: Tensor | float) -> Tensor:
 
 
 def squared_error(a: Tensor, b: Tensor) -> Tensor:
-    """|a - b|^2 summed over all dimensions but the first: (B,), in at least float32."""
+    """|a - b|^2 summed over all dimensions but the first: (B,), in at least float32.
+
+    Raises:
+        ValueError: tensors of different shapes, which would broadcast to a wrong number.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"the two tensors must have the same shape, got {tuple(a.shape)} and {tuple(b.shape)}.")
     dtype = compute_dtype(a, b)
     return sum_except_batch((a.to(dtype) - b.to(dtype)) ** 2)
 
@@ -110,6 +118,6 @@ def step_kl(
     Source: Nichol & Dhariwal 2021, equation 4; Bao et al. 2022, "Analytic-DPM", theorem 1.
     """
     coefficient_x, posterior_variance, variance = map(as_float64, (coefficient_x, posterior_variance, variance))
-    excess = ((posterior_variance - variance) / variance).to(error_x.device)
-    scale = (coefficient_x**2 / variance).to(error_x.device)
-    return 0.5 * (num_dims * (excess - torch.log1p(excess)) + scale * error_x)
+    error = as_float64(error_x)
+    divergence = variance_divergence(posterior_variance, variance).to(error)
+    return 0.5 * (num_dims * divergence + (coefficient_x**2 / variance).to(error) * error)

@@ -77,7 +77,7 @@ def transition_coefficients(
     """q(z_t | z_s) = N(alpha_{t|s} z_s, sigma_{t|s}^2 I) for s < t. Returns (alpha_{t|s}, sigma_{t|s}^2).
 
     alpha_{t|s} = alpha_t / alpha_s, sigma_{t|s}^2 = sigma_t^2 (1 - SNR_t / SNR_s).
-    Source: Kingma et al. 2021, equations 23 to 25 (appendix A.1).
+    Source: Kingma et al. 2021, equations 20 to 22 (appendix A.1).
     """
     log_snr_s, log_snr_t = _ordered(log_snr_s, log_snr_t)
     (alpha_s, _), (alpha_t, sigma_t) = alpha_sigma(log_snr_s, path), alpha_sigma(log_snr_t, path)
@@ -102,7 +102,8 @@ def posterior_coefficients(
 
     Raises:
         ValueError: times in the wrong order, unknown path.
-    Source: Kingma et al. 2021, equations 26 to 29; Ho et al. 2020, equations 6 and 7, for neighbouring steps.
+    Source: Kingma et al. 2021, equations 23 to 25 and 32 (appendix A); Ho et al. 2020, equations 6 and 7, for neighbouring
+        steps.
     """
     log_snr_s, log_snr_t = _ordered(log_snr_s, log_snr_t)
     (alpha_s, sigma_s), (alpha_t, sigma_t) = alpha_sigma(log_snr_s, path), alpha_sigma(log_snr_t, path)
@@ -137,8 +138,15 @@ def gaussian_kl(
     mean_q, variance_q, mean_p, variance_p = (
         v if isinstance(v, Tensor) else as_float64(v) for v in (mean_q, variance_q, mean_p, variance_p)
     )
+    return 0.5 * (variance_divergence(variance_q, variance_p) + (mean_q - mean_p) ** 2 / variance_p)
+
+
+def variance_divergence(variance_q: Tensor, variance_p: Tensor) -> Tensor:
+    """r - 1 - ln r of r = variance_q / variance_p: twice the KL between two normals of equal means, elementwise."""
     excess = (variance_q - variance_p) / variance_p  # r - 1, small where the two variances nearly agree
-    return 0.5 * (excess - torch.log1p(excess) + (mean_q - mean_p) ** 2 / variance_p)
+    near = excess.abs() < 0.5  # further away r - 1 has lost digits of r, and ln r has no cancellation to fear
+    log_ratio = torch.where(near, torch.log1p(torch.where(near, excess, 0.0)), torch.log(variance_q / variance_p))
+    return excess - log_ratio
 
 
 def _ordered(log_snr_s: Tensor | float, log_snr_t: Tensor | float) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .numerics import as_float64
 
-LOG_SNR_MAX = 13.3  # VDM's end points: gamma from -13.3 to 5 (Kingma et al. 2021, appendix B)
+LOG_SNR_MAX = 13.3  # VDM's end points: gamma from -13.3 to 5 (the configurations released with Kingma et al. 2021)
 LOG_SNR_MIN = -5.0
 
 
@@ -65,7 +65,7 @@ class NoiseSchedule(ABC):
 class LinearLogSNRSchedule(NoiseSchedule):
     """Linear in log SNR: log_snr(t) = (1 - t) log_snr_max + t log_snr_min.
 
-    Source: Kingma et al. 2021, "Variational Diffusion Models", section 4.1 and appendix G.
+    Source: Kingma et al. 2021, "Variational Diffusion Models", section 6.2: the "log SNR-linear" schedule of the ablation.
     """
 
     log_snr_max: float = LOG_SNR_MAX
@@ -92,7 +92,8 @@ class CosineSchedule(NoiseSchedule):
     log_snr(t) = -2 ln tan phi(t), phi(t) = (1 - t) arctan e^(-log_snr_max/2) + t arctan e^(-log_snr_min/2).
     Infinite end points are allowed and give phi = pi t / 2.
 
-    Source: Nichol & Dhariwal 2021, "Improved DDPM", equation 17, in the form of Kingma & Gao 2023, table 6.
+    Source: Nichol & Dhariwal 2021, "Improved DDPM", equation 17, without its offset; bounded in log SNR as in Hoogeboom et
+        al. 2023, "simple diffusion".
     """
 
     log_snr_max: float = LOG_SNR_MAX
@@ -129,7 +130,7 @@ class CosineSchedule(NoiseSchedule):
 class ShiftedSchedule(NoiseSchedule):
     """Another schedule moved along the log-SNR axis: log_snr(t) = base.log_snr(t) + shift.
 
-    Source: Hoogeboom et al. 2023, "simple diffusion", equation 4: shift = 2 ln(base_resolution / resolution).
+    Source: Hoogeboom et al. 2023, "simple diffusion", section 3.1: shift = 2 ln(base_resolution / resolution).
     """
 
     base: NoiseSchedule
@@ -157,7 +158,10 @@ class TabulatedNoiseSchedule(NoiseSchedule):
     """Log SNR given at equally spaced times 0, 1/(n-1), ..., 1 and linear in between.
 
     Arguments:
-        table: (n,) decreasing log SNRs, n >= 2. The last may be -inf (zero terminal SNR).
+        table: (n,) decreasing log SNRs, n >= 2. The last may be -inf (zero terminal SNR): all times after the last but one
+            are then -inf too, and such an interval has no finite derivative.
+    Raises:
+        ValueError: a table that is too short, not decreasing, or not finite elsewhere.
     """
 
     table: Tensor
@@ -260,10 +264,15 @@ def log_snr_from_betas(betas: Sequence[float] | Tensor, *, zero_terminal_snr: bo
         zero_terminal_snr: shift and scale sqrt(alpha_bar) so that the last is 0 and the first stays (Lin et al. 2024,
             "Common diffusion noise schedules and sample steps are flawed", algorithm 1), in exact arithmetic's sense.
     Returns:
-        (T,) float64, with a relative error of a few units in the last place: sums are compensated, and 1 - alpha_bar is
+        (T,) float64, right to a few units in the last place of max(1, |log_snr|): sums are compensated, and 1 - alpha_bar is
         never formed from a rounded alpha_bar.
+    Raises:
+        ValueError: betas that are no list, or a rescaling of fewer than two.
     """
     betas = as_float64(betas if isinstance(betas, Tensor) else torch.tensor(list(betas), dtype=torch.float64))
+    if betas.ndim != 1 or len(betas) < 1 + zero_terminal_snr:
+        needs = "at least two betas, to keep the first and move the last" if zero_terminal_snr else "a list of betas"
+        raise ValueError(f"`betas` must be {needs}, got shape {tuple(betas.shape)}.")
     log_alpha_bar = torch.tensor(_compensated_cumsum(torch.log1p(-betas).tolist()), dtype=torch.float64)
     if not zero_terminal_snr:
         return log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
@@ -317,7 +326,7 @@ def check_end_points(log_snr_max: float, log_snr_min: float, *, finite: bool = T
     if not log_snr_max > log_snr_min:
         raise ValueError(
             f"`log_snr_max` must exceed `log_snr_min`, got {log_snr_max} <= {log_snr_min}. Did "
-            " you pass gamma? log_snr = -gamma."
+            "you pass gamma? log_snr = -gamma."
         )
     if finite and not (math.isfinite(log_snr_max) and math.isfinite(log_snr_min)):
         raise ValueError(f"`log_snr_max` and `log_snr_min` must be finite, got {log_snr_max} and {log_snr_min}.")

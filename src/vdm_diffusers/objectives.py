@@ -32,7 +32,7 @@ from torch import Tensor
 
 from .elbo import squared_error
 from .gaussian import Path
-from .numerics import as_float64
+from .numerics import as_float64, expand_to
 from .prediction import PredictionType, conversion_coefficients, prediction_target
 
 Objective = Literal["elbo", "simple", "mse", "min_snr", "truncated_snr", "sigmoid", "edm"]
@@ -62,7 +62,7 @@ def epsilon_weight(
                 f"objective {objective!r} needs `elbo_weight`: pass elbo.continuous_weight(schedule.derivative(t)), or "
                 "T * elbo.discrete_weight(log_snr_s, log_snr_t) for a chain of T steps."
             )
-        weight = as_float64(elbo_weight)
+        weight = as_float64(elbo_weight) * torch.ones_like(log_snr)
         if objective == "sigmoid":
             return weight * torch.sigmoid(sigmoid_bias - log_snr)
         if objective == "edm":
@@ -134,6 +134,9 @@ def diffusion_loss(
     Returns:
         (B,) in float32 or better; bits/dim for `elbo` (the diffusion term's unbiased estimate), else a weighted mean
         over the dimensions.
+    Raises:
+        ValueError: unknown objective or prediction type, a missing elbo_weight, shapes that differ, or (on the CPU) a log_snr
+            at which the objective's error cannot be told from the network's output.
     Example (a loop of one's own):
         t = low_discrepancy(len(x))
         log_snr = schedule.log_snr(t)
@@ -155,4 +158,4 @@ def diffusion_loss(
     error = squared_error(model_output, target)
     num_dims = model_output[0].numel()
     scale = num_dims * math.log(2) if objective == "elbo" else num_dims
-    return (weight / scale).to(device=error.device, dtype=error.dtype) * error
+    return expand_to(weight / scale, error) * error

@@ -9,8 +9,8 @@ Each type is a row (a, b): the network's target is y = a x + b eps.
     score               0        -1/sigma     the score of q(z_t | x); in expectation that of q(z_t)
     flow_prediction     -1       1            the velocity eps - x of the straight path, Liu et al. 2022
 
-Together with z = alpha x + sigma eps a row is a 2x2 system. Its determinant det = alpha b - sigma a is a sum of positive
-terms for every type, so that nothing cancels: x = (b z - sigma y) / det, eps = (alpha y - a z) / det, and the target of
+Together with z = alpha x + sigma eps a row is a 2x2 system. Its determinant det = alpha b - sigma a is one term, or a sum of
+two of one sign, for every type, so that nothing cancels: x = (b z - sigma y) / det, eps = (alpha y - a z) / det, and the target of
 another row (a', b') is y' = [(a' b - b' a) z + det' y] / det. N types are N rows, not N^2 functions.
 
 Where det = 0 a type says nothing of another one: epsilon at log_snr = -inf nothing of x, sample at +inf nothing of eps.
