@@ -25,14 +25,16 @@ CORE = [
     "noise_schedules",
     "gaussian",
     "prediction",
+    "score",
     "time_sampling",
     "decoders",
     "elbo",
+    "elbo_forms",
     "objectives",
     "reverse_variance",
     "likelihood",
 ]
-ROOMS = [*CORE, "models", "schedulers", "hub", "pipelines", "evaluation", "registration", "__init__"]
+ROOMS = [*CORE, "models", "schedulers", "safety", "hub", "pipelines", "evaluation", "registration", "__init__"]
 # The evaluators also read users' images and show their progress.
 CORE_IMPORTS = {room: {"torch"} for room in CORE} | {"likelihood": {"torch", "numpy", "PIL", "tqdm"}}
 

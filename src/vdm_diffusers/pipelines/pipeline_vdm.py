@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import os
+import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +19,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import CommitInfo
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from vdm_diffusers.decoders import PIXEL_ENCODINGS, decode_pixels
 from vdm_diffusers.gaussian import alpha_sigma
+from vdm_diffusers.hub import ModelDescription, has_travelled, publish_folder, write_model_card, write_travelling_code
 from vdm_diffusers.numerics import expand_to
+from vdm_diffusers.safety import check_checkpoint, check_repository
 
 FORMAT_VERSION = 1  # of the checkpoint: raised when an older package would misread what a newer one wrote
 MAX_LEVELS = 2**16
@@ -80,6 +89,121 @@ class VDMPipeline(DiffusionPipeline):
         self.interrupt = False
         """Set to `True` by a callback, ends the sampling after the present step."""
 
+    # --- loading and saving -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> VDMPipeline:
+        """Load from a folder or a repository of the Hub, as [`DiffusionPipeline.from_pretrained`] does, and more carefully.
+
+        Weights are read from safetensors only, and the checkpoint is looked over before anything is built from it, or, on the
+        Hub, downloaded (see `vdm_diffusers.safety`). Code of a repository is run with `trust_remote_code=True` alone.
+
+        Args:
+            pretrained_model_name_or_path, kwargs: as there: `torch_dtype`, `variant`, `revision`, `token`, `device_map`,
+                `local_files_only`, components such as `scheduler`, and the pipeline's own `num_levels`, `pixel_encoding`.
+
+        Raises:
+            UnsafeCheckpointError (a ValueError): the checkpoint is damaged, hostile, or contradicts itself.
+        """
+        if not kwargs.setdefault("use_safetensors", True):
+            raise ValueError("`use_safetensors` must be True: a pickled checkpoint runs code when it is loaded.")
+        if os.path.isdir(pretrained_model_name_or_path):
+            _check_folder(pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike[str]:
+        """Fetch a repository into the cache, as [`DiffusionPipeline.download`] does, once its configs have been checked."""
+        if not kwargs.get("local_files_only"):
+            # offline nothing will be downloaded, and what the cache holds is checked below
+            with contextlib.suppress(OfflineModeIsEnabled):
+                check_repository(
+                    pretrained_model_name,
+                    revision=kwargs.get("revision"),
+                    token=kwargs.get("token"),
+                    cache_dir=kwargs.get("cache_dir"),
+                    passed=kwargs,
+                    trust_remote_code=kwargs.get("trust_remote_code", False),
+                )
+        folder = super().download(pretrained_model_name, **kwargs)
+        _check_folder(folder, kwargs)
+        return folder
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        commit_message: str = "Upload VDMPipeline",
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+    ) -> None:
+        """Save as safetensors and JSON. Arguments as in [`DiffusionPipeline.save_pretrained`], the last five for `push_to_hub`.
+
+        A pipeline whose code came from a repository saves that code too, so that what it saves loads in the same way.
+
+        Raises:
+            ValueError: `safe_serialization=False`.
+        """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization` must be True: a pickled checkpoint runs code when it is loaded.")
+        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
+        if has_travelled():
+            write_travelling_code(save_directory)
+        if push_to_hub:
+            publish_folder(
+                save_directory,
+                repo_id or Path(save_directory).resolve().name,
+                private=private,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                token=token,
+            )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str = "Upload VDMPipeline",
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        *,
+        revision: str | None = None,
+        tag: str | None = None,
+        max_shard_size: int | str | None = None,
+        card: ModelDescription | None = None,
+        run_as_future: bool = False,
+    ) -> CommitInfo | Future[CommitInfo]:
+        """Publish on the Hub, with a card and with the code that loads it where this package is not installed.
+
+        Args:
+            repo_id, private, token, create_pr, revision, tag, commit_message, run_as_future: see
+                [`~vdm_diffusers.hub.publish_folder`], also on what is raised and returned.
+            safe_serialization, variant, max_shard_size: see `save_pretrained`.
+            card: what the model card says; `None`: the repository's own card stays, or a short one without figures is made.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
+            if card is not None:
+                write_model_card(folder, card)
+            return publish_folder(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                create_pr=create_pr,
+                tag=tag,
+                commit_message=commit_message,
+                token=token,
+                run_as_future=run_as_future,
+            )
+
     @classmethod
     def from_pipeline(
         cls,
@@ -114,6 +238,8 @@ class VDMPipeline(DiffusionPipeline):
             num_levels=num_levels,
             pixel_encoding=pixel_encoding,
         )
+
+    # --- sampling -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(
@@ -294,3 +420,7 @@ class VDMPipeline(DiffusionPipeline):
 
 def _labels(class_labels: int | Sequence[int] | torch.Tensor, batch_size: int) -> torch.Tensor:
     return torch.as_tensor(class_labels).long().expand(batch_size)
+
+
+def _check_folder(folder: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
+    check_checkpoint(folder, passed=kwargs, trust_remote_code=kwargs.get("trust_remote_code", False))

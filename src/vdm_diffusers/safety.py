@@ -1,0 +1,335 @@
+"""Looks at a checkpoint before anything is built from it: what may be refused is refused before memory or disk is spent.
+
+Nothing of a checkpoint is executed here or imported because the checkpoint names it, and no tensor is read: of safetensors
+only the header. Sizes are compared three ways: what the configs describe, what the headers say, and what the files hold.
+`VDMPipeline.from_pretrained` calls this for folders, and for repositories before their weights are downloaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NoReturn
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from huggingface_hub import HfApi, hf_hub_download
+
+MAX_JSON_BYTES = 4 * 2**20
+MAX_JSON_DEPTH = 16
+MAX_HEADER_BYTES = 16 * 2**20
+MAX_TIMESTEPS = 10**6
+MAX_SAMPLE_SIZE = 2**14
+MAX_INTEGER = 2**24  # of any other entry of a config
+
+_COMPONENTS = {"unet": (ModelMixin, "config.json"), "scheduler": (SchedulerMixin, "scheduler_config.json")}
+_WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
+_BYTES = {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+_BYTES |= {f"{sign}{bits}": bits // 8 for sign in "IU" for bits in (8, 16, 32, 64)}
+
+
+class UnsafeCheckpointError(ValueError):
+    """A checkpoint is damaged, hostile, or says things that do not go together."""
+
+
+def check_checkpoint(
+    folder: str | os.PathLike[str], *, passed: Collection[str] = (), trust_remote_code: bool = False
+) -> None:
+    """Raise `UnsafeCheckpointError` unless `folder` holds a whole `VDMPipeline` whose parts go together.
+
+    Arguments:
+        passed: components that the caller brings along, and that are not loaded from the folder.
+        trust_remote_code: the caller's word that classes may come from code files of the checkpoint.
+    """
+    folder = Path(folder)
+    index = _read_json(folder / "model_index.json", folder)
+    for name, (library, class_name) in _components(index, passed).items():
+        config = _read_json(folder / name / _COMPONENTS[name][1], folder)
+        if trust_remote_code and (folder / name / f"{library}.py").is_file():
+            continue
+        component = _component_class(name, library, class_name)
+        _check_config(name, config)
+        if name == "unet":
+            variants = _weights(folder / name, folder)
+            for tensors in variants.values():
+                _check_shapes(component, config, tensors)
+
+
+def check_repository(
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    passed: Collection[str] = (),
+    trust_remote_code: bool = False,
+) -> None:
+    """Raise `UnsafeCheckpointError` for a repository whose list of files or whose configs are refused; no weights are fetched.
+
+    What weights there are must not be larger than what the config describes needs in float64.
+    Raises huggingface_hub's own errors where the repository cannot be read.
+    """
+    info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    for path in sizes:
+        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path or ":" in path:
+            raise UnsafeCheckpointError(f"{repo_id} has a file whose path leads out of it: {path!r}.")
+
+    def read(path: str) -> dict[str, Any]:
+        if path not in sizes:
+            raise UnsafeCheckpointError(f"{repo_id} is no checkpoint of a VDMPipeline: it has no {path}.")
+        if sizes[path] > MAX_JSON_BYTES:
+            raise UnsafeCheckpointError(
+                f"{path} of {repo_id} has {sizes[path]} bytes, a config has at most {MAX_JSON_BYTES}."
+            )
+        local = hf_hub_download(repo_id, path, revision=info.sha, token=token, cache_dir=cache_dir)
+        return parse_json(Path(local).read_bytes(), path)
+
+    for name, (library, class_name) in _components(read("model_index.json"), passed).items():
+        config = read(f"{name}/{_COMPONENTS[name][1]}")
+        if trust_remote_code and f"{name}/{library}.py" in sizes:
+            continue
+        component = _component_class(name, library, class_name)
+        _check_config(name, config)
+        weights = {
+            path: size for path, size in sizes.items() if path.startswith(f"{name}/") and path.endswith(".safetensors")
+        }
+        if name == "unet" and not weights:
+            raise UnsafeCheckpointError(
+                f"{repo_id} has no weights as safetensors in {name}/: pickled ones are not loaded."
+            )
+        if name == "unet":
+            _check_layers(config, max(weights.values()) // 4)  # a tensor has at least one element
+            needed = sum(math.prod(shape) for shape in _expected_shapes(component, config).values())
+            for path, size in weights.items():
+                if size > 8 * needed + MAX_HEADER_BYTES:
+                    raise UnsafeCheckpointError(
+                        f"{path} of {repo_id} has {size} bytes, the model that its config describes has {needed} weights."
+                    )
+
+
+# --- configs ----------------------------------------------------------------------------------------------------------
+
+
+def parse_json(data: bytes, name: str) -> dict[str, Any]:
+    """A JSON object of bounded size and depth with finite numbers, or `UnsafeCheckpointError`."""
+    if len(data) > MAX_JSON_BYTES:
+        raise UnsafeCheckpointError(f"{name} has {len(data)} bytes, a config has at most {MAX_JSON_BYTES}.")
+    # counted before parsing: the parser itself recurses
+    text = re.sub(rb'"(?:[^"\\]|\\.)*"', b"", data)
+    depth = deepest = 0
+    for bracket in re.findall(rb"[\[\]{}]", text):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
+    if deepest > MAX_JSON_DEPTH:
+        raise UnsafeCheckpointError(f"{name} is nested {deepest} deep, a config at most {MAX_JSON_DEPTH}.")
+
+    def refuse(constant: str) -> NoReturn:
+        raise UnsafeCheckpointError(f"{name} holds {constant}, which is no number of JSON.")
+
+    def real(digits: str) -> float:
+        return value if math.isfinite(value := float(digits)) else refuse(digits[:20])
+
+    def whole(digits: str) -> int:
+        return int(digits) if len(digits) < 20 else refuse(f"{digits[:20]}...")
+
+    try:
+        value = json.loads(data, parse_constant=refuse, parse_float=real, parse_int=whole)
+    except UnicodeDecodeError as error:
+        raise UnsafeCheckpointError(f"{name} is not text in UTF-8: {error}.") from error
+    except json.JSONDecodeError as error:
+        raise UnsafeCheckpointError(f"{name} is not JSON: {error}. Was the download cut short?") from error
+    if not isinstance(value, dict):
+        raise UnsafeCheckpointError(f"{name} must hold an object, got {type(value).__name__}.")
+    return value
+
+
+def _read_json(path: Path, folder: Path) -> dict[str, Any]:
+    name = path.relative_to(folder).as_posix()
+    if not path.is_file():
+        raise UnsafeCheckpointError(f"{folder} is no whole checkpoint of a VDMPipeline: it has no {name}.")
+    _check_inside(path, folder)
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise UnsafeCheckpointError(f"{name} has {path.stat().st_size} bytes, a config has at most {MAX_JSON_BYTES}.")
+    return parse_json(path.read_bytes(), name)
+
+
+def _check_inside(path: Path, folder: Path) -> None:
+    real, root = path.resolve(), folder.resolve()
+    # in the Hub's cache a snapshot is made of links to the blobs beside it
+    blobs = root.parent.parent / "blobs"
+    if not real.is_relative_to(root) and not (root.parent.name == "snapshots" and real.is_relative_to(blobs)):
+        raise UnsafeCheckpointError(f"{path} leads out of the checkpoint, to {real}.")
+
+
+def _components(index: Mapping[str, Any], passed: Collection[str]) -> dict[str, tuple[str, str]]:
+    class_name = index.get("_class_name")
+    if class_name != "VDMPipeline":
+        raise UnsafeCheckpointError(
+            f"model_index.json must say `_class_name` VDMPipeline, got {class_name!r}. A pipeline of Diffusers is adopted by "
+            "VDMPipeline.from_pipeline(DiffusionPipeline.from_pretrained(...))."
+        )
+    listed = {name: value for name, value in index.items() if isinstance(value, list)}
+    if set(listed) != set(_COMPONENTS):
+        raise UnsafeCheckpointError(
+            f"model_index.json must have the components {', '.join(_COMPONENTS)}, got {', '.join(listed) or 'none'}."
+        )
+    for name, value in listed.items():
+        if len(value) != 2 or not all(isinstance(v, str) and re.fullmatch(r"[A-Za-z_][\w.]*", v) for v in value):
+            raise UnsafeCheckpointError(f"model_index.json must say [library, class] for {name}, got {value!r}.")
+    return {name: (value[0], value[1]) for name, value in listed.items() if name not in passed}
+
+
+def _component_class(name: str, library: str, class_name: str) -> type:
+    """The class, of a module that is already imported: a checkpoint does not choose what is."""
+    base = _COMPONENTS[name][0]
+    module = importlib.import_module("diffusers") if library == "diffusers" else sys.modules.get(library)
+    found = getattr(module, class_name, None) if module is not None and "." not in class_name else None
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UnsafeCheckpointError(
+            f"model_index.json asks for `{class_name}` of `{library}` as {name}, and that is no {base.__name__} known here. A "
+            "class of your own: import its module first. Code that comes with a checkpoint runs only with trust_remote_code=True."
+        )
+    return found
+
+
+def _check_config(name: str, config: Mapping[str, Any]) -> None:
+    for key, value in _entries(config):
+        limit = MAX_TIMESTEPS if "timesteps" in key else MAX_SAMPLE_SIZE if key == "sample_size" else MAX_INTEGER
+        if isinstance(value, int) and abs(value) > limit:
+            raise UnsafeCheckpointError(f"`{key}` of the {name}'s config is {value}, at most {limit} is accepted.")
+        if isinstance(value, list) and len(value) > MAX_TIMESTEPS:
+            raise UnsafeCheckpointError(
+                f"`{key}` of the {name}'s config has {len(value)} entries, at most {MAX_TIMESTEPS}."
+            )
+
+
+def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    yield key, value
+    if isinstance(value, Mapping):
+        for inner, entry in value.items():
+            yield from _entries(entry, inner)
+    elif isinstance(value, list):
+        for entry in value:
+            yield from _entries(entry, key)
+
+
+def _check_layers(config: Mapping[str, Any], num_tensors: int) -> None:
+    """A network of many layers is slow to build and large even without weights: it must have as many tensors at least."""
+    layers = 1
+    for key, value in _entries(config):
+        if isinstance(value, int) and re.search(r"layers|depth|num_blocks", key):
+            layers *= max(1, value)
+    blocks = max(
+        (len(v) for _, v in _entries(config) if isinstance(v, list) and all(isinstance(e, str) for e in v)), default=1
+    )
+    if layers * max(1, blocks) > num_tensors:
+        raise UnsafeCheckpointError(
+            f"the unet's config describes {layers * max(1, blocks)} layers or more, the weights have {num_tensors} tensors at most."
+        )
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def _weights(component: Path, folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The tensors' shapes by variant ("" is none), from the headers of all files of a component."""
+    for index in component.glob("*.index*.json"):
+        shards = _read_json(index, folder).get("weight_map")
+        if not isinstance(shards, dict):
+            raise UnsafeCheckpointError(f"{index.name} must have a `weight_map`.")
+        for shard in sorted(set(map(str, shards.values()))):
+            if not _WEIGHTS.fullmatch(shard) or not (component / shard).is_file():
+                raise UnsafeCheckpointError(
+                    f"{index.name} names the shard {shard[:80]!r}, which is no weight file beside it."
+                )
+    variants: dict[str, dict[str, tuple[int, ...]]] = {}
+    for path in sorted(component.glob("*.safetensors")):
+        found = _WEIGHTS.fullmatch(path.name)
+        if found:
+            _check_inside(path, folder)
+            variants.setdefault(found["variant"] or "", {}).update(read_header(path))
+    if not variants:
+        others = sorted(p.name for p in component.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
+        hint = f" {others[0]} is a pickle, which runs code when it is loaded: it is not." if others else ""
+        raise UnsafeCheckpointError(f"{component} has no weights as safetensors.{hint}")
+    return variants
+
+
+def read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors in a safetensors file, of which only the header is read, or `UnsafeCheckpointError`.
+
+    Tensors must have a known dtype, lie in the file one after another without gap or overlap, and fill it.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            raise UnsafeCheckpointError(
+                f"{path.name} has {size} bytes and says that its header alone has {length}: it is cut short or no safetensors."
+            )
+        raw = file.read(length)
+    if raw[:1] != b"{":
+        raise UnsafeCheckpointError(f"{path.name} is no safetensors file: its header does not begin with an object.")
+    try:
+        header = json.loads(raw)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UnsafeCheckpointError(f"the header of {path.name} is damaged: {error}.") from error
+    header.pop("__metadata__", None)
+    shapes, spans = {}, []
+    for name, tensor in header.items():
+        try:
+            dtype, shape, (start, end) = (
+                tensor["dtype"],
+                tuple(map(int, tensor["shape"])),
+                map(int, tensor["data_offsets"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise UnsafeCheckpointError(f"the header of {path.name} is damaged at {name[:80]!r}.") from error
+        if dtype not in _BYTES or min(shape, default=0) < 0 or end - start != math.prod(shape) * _BYTES[dtype]:
+            raise UnsafeCheckpointError(
+                f"{name[:80]!r} in {path.name} is {dtype} of shape {list(shape)} and has {end - start} bytes: that does not fit."
+            )
+        shapes[name] = shape
+        spans.append((start, end))
+    position = 0
+    for start, end in sorted(spans):
+        if start != position:
+            raise UnsafeCheckpointError(f"the tensors in {path.name} overlap or leave gaps at byte {start}.")
+        position = end
+    if position != size - 8 - length:
+        raise UnsafeCheckpointError(
+            f"{path.name} has {size - 8 - length} bytes of tensors, its header describes {position}: it is cut short, or longer "
+            "than it should be."
+        )
+    return shapes
+
+
+def _expected_shapes(component: type, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    try:
+        with torch.device("meta"):  # shapes without memory
+            model = component.from_config(dict(config))  # type: ignore[attr-defined]
+    except (TypeError, ValueError, RuntimeError, KeyError, ZeroDivisionError, NotImplementedError) as error:
+        raise UnsafeCheckpointError(f"no {component.__name__} can be built from the unet's config: {error}") from error
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _check_shapes(component: type, config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> None:
+    _check_layers(config, len(tensors))
+    expected = _expected_shapes(component, config)
+    for name, shape in expected.items():
+        if tensors.get(name, shape) != shape:
+            raise UnsafeCheckpointError(
+                f"`{name}` has the shape {list(tensors[name])} in the weights and {list(shape)} by the unet's config."
+            )
+    missing = sorted(set(expected) - set(tensors))
+    # Diffusers renames tensors of old checkpoints while it loads them: then the count agrees
+    if missing and len(tensors) < len(expected):
+        raise UnsafeCheckpointError(f"the weights lack {len(missing)} tensors of the unet, such as `{missing[0]}`.")
