@@ -1,0 +1,178 @@
+"""Checkpoints that are whole or absent.
+
+A folder is written under a temporary name, with a manifest of checksums as its last file; everything is flushed to the disk,
+and then one rename gives it its name. A process may be killed at any moment: what is called `checkpoint-N` is whole, and a
+reader verifies the manifest before it believes so (a disk may lose what a kill does not). Folders are pruned by first
+renaming them away, for the same reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+_TEMPORARY = ".incomplete-"
+_DISCARDED = ".discarded-"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged or missing."""
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Write a folder that appears as `target`, whole, when the block ends, replacing an older one; or not at all.
+
+    Raises:
+        OSError: from the block or the flush, e.g. a full disk; the unfinished folder has been removed.
+    """
+    temporary = target.parent / f"{_TEMPORARY}{target.name}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        _write_manifest(temporary)
+        _flush_tree(temporary)
+        if target.exists():
+            discard(target)
+        temporary.rename(target)
+        _flush(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder; a kill in the middle leaves nothing under its name."""
+    gone = path.parent / f"{_DISCARDED}{path.name}"
+    _remove(gone)
+    path.rename(gone)
+    _remove(gone)
+
+
+def clean_up(folder: Path) -> None:
+    """Remove what killed processes left unfinished in `folder`."""
+    for pattern in (f"{_TEMPORARY}*", f"{_DISCARDED}*"):
+        for path in folder.glob(pattern):
+            _remove(path)
+
+
+def verify(folder: Path) -> None:
+    """Raise CheckpointError unless every file of the manifest is there with its size and checksum."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder} has no readable {MANIFEST} ({error}): it is not a whole checkpoint."
+        ) from error
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != expected["size"] or _checksum(path) != expected["blake2b"]:
+            raise CheckpointError(
+                f"{path} is missing or does not have the checksum of {MANIFEST}: the checkpoint is damaged."
+            )
+
+
+def step_of(folder: Path) -> int:
+    """The optimiser step in a checkpoint's name; -1 for another name."""
+    match = _NAME.fullmatch(folder.name)
+    return int(match[1]) if match else -1
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints in `output_dir`, oldest first."""
+    return sorted((path for path in output_dir.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
+
+
+def find_checkpoint(output_dir: Path, wanted: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from, verified, and warnings about damaged ones passed over.
+
+    Arguments:
+        wanted: "latest" (None is returned if there is none), or a path, or the name of a folder in `output_dir`.
+    Raises:
+        CheckpointError: the named checkpoint is missing or damaged, or there are checkpoints and all are damaged.
+    """
+    if wanted != "latest":
+        folder = next((path for path in (Path(wanted), output_dir / wanted) if path.is_dir()), None)
+        if folder is None:
+            present = ", ".join(path.name for path in list_checkpoints(output_dir)) or "none"
+            raise CheckpointError(
+                f"--resume_from_checkpoint {wanted}: no such folder. Checkpoints in {output_dir}: {present}."
+            )
+        verify(folder)
+        return folder, []
+    warnings: list[str] = []
+    for folder in reversed(list_checkpoints(output_dir)):
+        try:
+            verify(folder)
+        except CheckpointError as error:
+            warnings.append(f"passed over: {error}")
+        else:
+            return folder, warnings
+    if warnings:
+        raise CheckpointError(
+            f"no checkpoint in {output_dir} is whole: {' '.join(warnings)} Remove them to start anew."
+        )
+    return None, []
+
+
+def prune(output_dir: Path, limit: int) -> None:
+    """Keep the newest `limit` checkpoints; 0 keeps all."""
+    for folder in list_checkpoints(output_dir)[:-limit] if limit else []:
+        discard(folder)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file that is whole or absent."""
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "blake2b": _checksum(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1), encoding="utf-8")
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _flush_tree(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _flush(path)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows cannot open a folder
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,228 @@
+#!/usr/bin/env python
+"""Bits/dim of a trained model on held-out images: a table, JSON, the loss against log SNR, and a grid of samples.
+
+    python training/evaluate.py --checkpoint outputs/digits
+    python training/evaluate.py --checkpoint outputs/cifar10/checkpoint-50000 --split test --num_samples 64
+    python training/evaluate.py --checkpoint google/ddpm-cifar10-32 --dataset_name uoft-cs/cifar10 --split test
+
+The data are those that the model was trained on, as written beside it by train.py, unless --dataset_name or --train_data_dir
+names others. The last line is the result: `held-out bits/dim: X +- Y`, where Y combines the error of the estimate for these images
+with that of the sample of images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from checkpoints import MANIFEST, CheckpointError, verify, write_json
+from config import ARGUMENTS_FILE, DataArguments, Parser, argument
+from data import DataError, ImageSet, default_test_split, is_digits, load_split
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from evaluating import TERMS, bits_per_dim, combined_error, draw_samples, histogram_bits_per_dim, loss_by_log_snr
+from plots import image_grid, plot_loss_by_log_snr
+
+from vdm_diffusers import VDMPipeline, VDMScheduler
+
+
+@dataclass
+class EvaluateArguments:
+    """What to evaluate, how, and where results go."""
+
+    _argument_group_name = "evaluation"
+
+    checkpoint: str = argument(
+        "outputs/digits",
+        "Folder that train.py wrote (also a checkpoint-N in it), or a pipeline on the Hub with unet and scheduler.",
+    )
+    split: str | None = argument(
+        None,
+        "Split to evaluate; none: the data set's own test split if it has one, else the images held out while training. "
+        "'held_out' names the latter.",
+    )
+    max_images: int | None = argument(None, "Evaluate the first so many images; none: all.")
+    method: Literal["auto", "continuous", "discrete"] = argument(
+        "auto", "ELBO in continuous time, or of a chain of --num_steps steps; auto: by the schedule's kind."
+    )
+    num_steps: int | None = argument(None, "Steps of the chain for the discrete method; none: as trained.")
+    num_samples: int = argument(16, "Network evaluations for each image, stratified over time.")
+    batch_size: int = argument(64, "Images at a time.")
+    seed: int = argument(0, "Seed of times, noise and samples.")
+    num_sample_images: int = argument(100, "Images in the grid of samples; 0: none.")
+    num_inference_steps: int = argument(250, "Sampler steps for them.")
+    baseline: bool = argument(
+        True, "Also print the bits/dim of independent histograms of the training images' pixels."
+    )
+    output_dir: str | None = argument(None, "Folder for the results; none: `evaluation` in the checkpoint's folder.")
+    device: str | None = argument(None, "Device; none: an accelerator if there is one.")
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[EvaluateArguments, DataArguments]:
+    """The arguments; data arguments that are not given are those of the training run."""
+    parser = Parser((EvaluateArguments, DataArguments), description="Bits/dim of a trained model on held-out images.")
+    tokens = sys.argv[1:] if argv is None else argv
+    args, data = parser.parse(tokens)
+    for name in ("num_samples", "batch_size", "num_inference_steps", "max_images", "num_steps"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be positive, got {getattr(args, name)}.")
+    if is_digits(data):
+        trained = training_record(args.checkpoint)
+        if trained is not None:
+            given = parser.given(tokens)
+            values = {
+                f.name: trained["arguments"][f.name]
+                for f in dataclasses.fields(DataArguments)
+                if f.name in trained["arguments"]
+            }
+            data = DataArguments(
+                **values | {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if f.name in given}
+            )
+    return args, data
+
+
+def training_record(checkpoint: str) -> dict[str, Any] | None:
+    """What train.py wrote beside the model, if it is a local folder that has it."""
+    path = Path(checkpoint) / ARGUMENTS_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def load_pipeline(checkpoint: str, device: torch.device) -> VDMPipeline:
+    """The pipeline, as a VDMPipeline with its exact scheduler; a checkpoint that train.py wrote is verified first.
+
+    Raises:
+        CheckpointError: it is damaged, or there is no pipeline.
+    """
+    folder = Path(checkpoint)
+    if (folder / MANIFEST).is_file():
+        verify(folder)
+    elif folder.is_dir() and not (folder / "model_index.json").is_file():
+        present = ", ".join(sorted(path.name for path in folder.glob("checkpoint-*"))) or "none"
+        raise CheckpointError(f"{folder} holds no finished pipeline; checkpoints in it: {present}.")
+    pipeline = DiffusionPipeline.from_pretrained(checkpoint)
+    if not isinstance(pipeline, VDMPipeline):
+        pipeline = VDMPipeline.from_pipeline(pipeline, scheduler=VDMScheduler.from_config(pipeline.scheduler.config))
+    return pipeline.to(device)
+
+
+def table(rows: list[tuple[str, str]]) -> str:
+    """Two aligned columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def evaluate(args: EvaluateArguments, data: DataArguments) -> dict[str, Any]:
+    """Evaluate, write the results, and return what was written to evaluation.json."""
+    default = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    pipeline = load_pipeline(args.checkpoint, torch.device(args.device or default))
+    record = training_record(args.checkpoint)
+    data_seed = record["arguments"]["seed"] if record else 0
+    split = args.split or default_test_split(data)
+    images = load_split(data, split, data_seed)
+    if args.max_images is not None and args.max_images < len(images):
+        images = images.take(torch.arange(args.max_images), f"{images.name}, the first {args.max_images}")
+    check_fit(pipeline, images)
+    print(f"evaluating {args.checkpoint} on {images.name}")
+
+    result = bits_per_dim(
+        pipeline,
+        images,
+        seed=args.seed,
+        num_samples=args.num_samples,
+        batch_size=args.batch_size,
+        method=None if args.method == "auto" else args.method,
+        num_steps=args.num_steps,
+        progress_bar=True,
+    )
+    error = combined_error([result["standard_error"], result["sampling_error"]])
+    profile = loss_by_log_snr(pipeline, images, seed=args.seed, batch_size=args.batch_size)
+    width = profile[0]["log_snr"] - profile[1]["log_snr"]
+    result |= {
+        "combined_error": error,
+        "images": images.name,
+        "split": split,
+        "checkpoint": str(args.checkpoint),
+        "num_samples": args.num_samples,
+        "seed": args.seed,
+        "num_levels": pipeline.config.num_levels,
+        "pixel_encoding": pipeline.config.pixel_encoding,
+        "log_snr_max": pipeline.scheduler.noise_schedule.log_snr_max,
+        "log_snr_min": pipeline.scheduler.noise_schedule.log_snr_min,
+        "diffusion_by_integral": sum(point["bits_per_dim_per_log_snr"] for point in profile) * width,
+    }
+    if args.baseline:
+        result["histogram_bits_per_dim"] = histogram_bits_per_dim(
+            load_split(data, data.train_split, data_seed), images
+        )
+
+    output_dir = Path(
+        args.output_dir or (Path(args.checkpoint) / "evaluation" if Path(args.checkpoint).is_dir() else "evaluation")
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(output_dir / "evaluation.json", result | {"loss_by_log_snr": profile})
+    title = f"{result['bits_per_dim']:.3f} ± {error:.3f} bits/dim"
+    plot_loss_by_log_snr(profile, output_dir / "loss_by_log_snr.png", title=title, label=split)
+    if args.num_sample_images:
+        levels = draw_samples(
+            pipeline,
+            args.num_sample_images,
+            seed=args.seed,
+            num_inference_steps=args.num_inference_steps,
+            batch_size=args.batch_size,
+            num_classes=pipeline.unet.config.get("num_class_embeds"),
+        )
+        image_grid(levels, pipeline.config.num_levels).save(output_dir / "samples.png")
+
+    rows = [(term, f"{result[term]:.4f} bits/dim") for term in TERMS if term in result]
+    rows += [
+        ("sum", f"{result['bits_per_dim']:.4f} bits/dim{', an upper bound' if result['is_bound'] else ''}"),
+        ("error of the estimate for these images", f"{result['standard_error']:.4f}"),
+        (f"error of a sample of {result['num_images']} images", f"{result['sampling_error']:.4f}"),
+        ("method", f"{result['method']} time, {result['num_model_evaluations']} network evaluations"),
+    ]
+    if args.baseline:
+        rows.append(
+            ("for comparison: one histogram for each pixel", f"{result['histogram_bits_per_dim']:.4f} bits/dim")
+        )
+    print(table(rows))
+    print(f"wrote {', '.join(sorted(path.name for path in output_dir.iterdir()))} to {output_dir}")
+    return result
+
+
+def check_fit(pipeline: VDMPipeline, images: ImageSet) -> None:
+    """Raise DataError if the model is of other images."""
+    channels, height, width = images.images.shape[1:]
+    size = pipeline.unet.config.get("sample_size")
+    size = (size, size) if isinstance(size, int) else tuple(size or (height, width))
+    if (pipeline.unet.config.in_channels, *size) != (channels, height, width):
+        raise DataError(
+            f"the model is of images of {pipeline.unet.config.in_channels} channel(s), {size[0]}x{size[1]}; these have {channels}, "
+            f"{height}x{width}. Name the right data with --dataset_name (and --resolution, --image_mode)."
+        )
+    if int(images.images.max()) >= pipeline.config.num_levels:
+        raise DataError(
+            f"the model is of {pipeline.config.num_levels} levels; these images hold level {int(images.images.max())}."
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; returns the exit code."""
+    args, data = parse_arguments(argv)
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    try:
+        result = evaluate(args, data)
+    except (DataError, CheckpointError) as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        return 2
+    print(f"held-out bits/dim: {result['bits_per_dim']:.3f} +- {result['combined_error']:.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""What is looked at while and after training: bits/dim by term, loss against log SNR, samples. Shared by both scripts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from data import ImageSet
+from randomness import generator_for
+from torch import Tensor
+
+from vdm_diffusers import VDMPipeline, evaluate_likelihood
+from vdm_diffusers.decoders import encode_pixels
+from vdm_diffusers.elbo import squared_error
+from vdm_diffusers.gaussian import diffuse
+from vdm_diffusers.prediction import convert
+
+TERMS = ("prior", "diffusion", "reconstruction")
+
+
+def bits_per_dim(
+    pipeline: VDMPipeline,
+    images: ImageSet,
+    *,
+    seed: int,
+    num_samples: int,
+    batch_size: int,
+    method: str | None = None,
+    num_steps: int | None = None,
+    progress_bar: bool = False,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> dict[str, Any]:
+    """Bits/dim of `images` by the ELBO, its terms and its errors; the images are shared out among the processes.
+
+    Returns:
+        bits_per_dim, standard_error (of the estimate for these images), sampling_error (between images), prior, diffusion,
+        reconstruction (bits/dim, where the method has them), num_images, method, num_model_evaluations.
+    """
+    mine = torch.arange(process_index, len(images), num_processes)
+    parts: list[dict[str, Any]] = []
+    if len(mine):
+        report = evaluate_likelihood(
+            pipeline,
+            images.images[mine],
+            class_labels=images.labels[mine] if pipeline.unet.config.get("num_class_embeds") is not None else None,
+            generator=generator_for(seed, "evaluation", process_index),
+            num_samples=num_samples,
+            batch_size=batch_size,
+            method=method,
+            num_steps=num_steps,
+            progress_bar=progress_bar,
+        )
+        part = {"nats": report.nats.tolist(), "error": report.standard_error * len(mine), "method": report.method}
+        part |= {"evaluations": report.num_model_evaluations, "is_bound": report.is_bound}
+        for term in TERMS:
+            values = getattr(report, term)
+            part[term] = None if values is None else values.tolist()
+        parts.append(part)
+    if num_processes > 1:
+        parts = gather_object(parts)
+    to_bits = 1 / (images.num_dims * math.log(2))
+    nats = np.concatenate([part["nats"] for part in parts])
+    result = {
+        "bits_per_dim": float(nats.mean() * to_bits),
+        "standard_error": math.sqrt(sum(part["error"] ** 2 for part in parts)) / len(nats),
+        "sampling_error": float(nats.std(ddof=1) / math.sqrt(len(nats)) * to_bits) if len(nats) > 1 else math.nan,
+    }
+    for term in TERMS:
+        if parts[0][term] is not None:
+            result[term] = float(np.concatenate([part[term] for part in parts]).mean() * to_bits)
+    return result | {
+        "num_images": len(nats),
+        "method": parts[0]["method"],
+        "is_bound": parts[0]["is_bound"],
+        "num_model_evaluations": sum(part["evaluations"] for part in parts),
+    }
+
+
+@torch.no_grad()
+def loss_by_log_snr(
+    pipeline: VDMPipeline,
+    images: ImageSet,
+    *,
+    seed: int,
+    num_points: int = 40,
+    max_images: int = 512,
+    batch_size: int = 64,
+) -> list[dict[str, float]]:
+    """The diffusion term per unit of log SNR, 1/2 E|eps - eps_hat|^2 in bits/dim, at evenly spaced log SNRs.
+
+    Its integral over log SNR is the diffusion term in continuous time (VDM equation 18), whatever the schedule.
+
+    Returns:
+        One entry for each point: log_snr, mse (mean |eps - eps_hat|^2 per dimension), bits_per_dim_per_log_snr, standard_error.
+    """
+    chosen = torch.randperm(len(images), generator=generator_for(seed, "profile"))[:max_images]
+    scheduler, config, device = pipeline.scheduler, pipeline.config, pipeline.device
+    schedule = scheduler.noise_schedule
+    highest, lowest = schedule.log_snr_max, max(schedule.log_snr_min, -20.0)  # below, nothing is left to predict
+    width = (highest - lowest) / num_points
+    points = []
+    for index in range(num_points):
+        log_snr = highest - (index + 0.5) * width
+        timestep = float(scheduler.timestep_from_log_snr(torch.tensor(log_snr, dtype=torch.float64)))
+        generator, errors = generator_for(seed, "profile", index), []
+        for batch in chosen.split(batch_size):
+            x = encode_pixels(images.images[batch], config.num_levels, config.pixel_encoding).to(device)
+            noise = torch.randn(x.shape, generator=generator).to(device)
+            z_t = diffuse(x, noise, log_snr)
+            conditioning = {}
+            if pipeline.unet.config.get("num_class_embeds") is not None:
+                conditioning["class_labels"] = images.labels[batch].to(device)
+            output = pipeline.unet(z_t, torch.full((len(x),), timestep, device=device), **conditioning).sample
+            source = scheduler.config.prediction_type
+            eps_hat = convert(output[:, : x.shape[1]], z_t, log_snr, source=source, target="epsilon")
+            errors.append(squared_error(noise, eps_hat).cpu() / images.num_dims)
+        mse = torch.cat(errors).double()
+        bits = mse / (2 * math.log(2))
+        error = float(bits.std() / math.sqrt(len(bits))) if len(bits) > 1 else math.nan
+        points.append(
+            {
+                "log_snr": log_snr,
+                "mse": float(mse.mean()),
+                "bits_per_dim_per_log_snr": float(bits.mean()),
+                "standard_error": error,
+            }
+        )
+    return points
+
+
+def draw_samples(
+    pipeline: VDMPipeline,
+    num_images: int,
+    *,
+    seed: int,
+    num_inference_steps: int,
+    batch_size: int,
+    num_classes: int | None,
+) -> Tensor:
+    """Sampled images as integer levels (N, C, H, W), the same for the same seed on any device.
+
+    A class-conditional model draws its classes in turn.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = []
+    for start in range(0, num_images, batch_size):
+        count = min(batch_size, num_images - start)
+        labels = None if num_classes is None else (torch.arange(start, start + count) % num_classes)
+        images = pipeline(
+            batch_size=count,
+            num_inference_steps=num_inference_steps,
+            class_labels=labels,
+            generator=generator_for(seed, "samples", start),
+            output_type="pt",
+        ).images
+        drawn.append((images.cpu() * (pipeline.config.num_levels - 1)).round().long())
+    return torch.cat(drawn)
+
+
+def histogram_bits_per_dim(train: ImageSet, test: ImageSet) -> float:
+    """The baseline that a model must beat: each pixel an independent histogram of the training images (plus one count)."""
+    if train.images.shape[1:] != test.images.shape[1:] or train.num_levels != test.num_levels:
+        raise ValueError("training and test images must have the same size and number of levels.")
+    total = 0.0
+    for level_train, level_test in zip(train.images.flatten(1).T, test.images.flatten(1).T, strict=True):
+        counts = torch.bincount(level_train.long(), minlength=train.num_levels).double() + 1
+        total -= float((counts / counts.sum()).log2()[level_test.long()].sum())
+    return total / test.images.numel()
+
+
+def combined_error(errors: Sequence[float]) -> float:
+    """Independent errors together: the root of the sum of squares, leaving out what is not defined."""
+    return math.sqrt(sum(error**2 for error in errors if math.isfinite(error)))

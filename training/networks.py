@@ -1,0 +1,94 @@
+"""The network to train, from the arguments or from somebody's config."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from config import Arguments
+from data import DataError, ImageSet
+from diffusers import UNet2DModel
+from diffusers.models.modeling_utils import ModelMixin
+
+from vdm_diffusers import VDMUNet2DModel
+
+_CLASSES = {"UNet2DModel": UNet2DModel, "VDMUNet2DModel": VDMUNet2DModel}
+
+
+def make_network(args: Arguments, images: ImageSet) -> ModelMixin:
+    """A freshly initialised network that fits the images.
+
+    Raises:
+        DataError: the network of --model_config_name_or_path does not fit them, or labels are wanted and missing.
+    """
+    model = args.model
+    channels, height, width = images.images.shape[1:]
+    if model.class_conditional and images.labels is None:
+        raise DataError("--class_conditional needs class labels: name their column with --label_column.")
+    if model.model_config_name_or_path is not None:
+        return _from_config(model.model_config_name_or_path, args, images)
+    return VDMUNet2DModel(
+        sample_size=height if height == width else (height, width),
+        in_channels=channels,
+        hidden_channels=model.hidden_channels,
+        layers_per_block=model.layers_per_block,
+        num_train_timesteps=args.diffusion.ddpm_num_steps,
+        fourier_exponents=model.fourier_exponents,
+        residual_connection=args.diffusion.prediction_type == "epsilon",
+        add_attention=model.add_attention,
+        attention_head_dim=model.attention_head_dim,
+        num_class_embeds=images.num_classes if model.class_conditional else None,
+        dropout=model.dropout,
+        norm_num_groups=model.norm_num_groups,
+    )
+
+
+def num_classes_of(network: ModelMixin) -> int | None:
+    """Number of classes the network is conditioned on; None without."""
+    return network.config.get("num_class_embeds")
+
+
+def _from_config(source: str, args: Arguments, images: ImageSet) -> ModelMixin:
+    path = Path(source)
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        subfolder = "unet" if (path / "unet" / "config.json").is_file() else None
+        config = UNet2DModel.load_config(source, subfolder=subfolder)
+    name = config.get("_class_name", "UNet2DModel")
+    if name not in _CLASSES:
+        raise DataError(
+            f"--model_config_name_or_path {source} is of a {name}; this script trains {' or '.join(_CLASSES)}."
+        )
+    network = _CLASSES[name].from_config(config)
+    channels, height, width = images.images.shape[1:]
+    size = network.config.sample_size
+    size = (size, size) if isinstance(size, int) else tuple(size or (height, width))
+    problems = [
+        (
+            network.config.in_channels != channels,
+            f"takes {network.config.in_channels} channels, the images have {channels}",
+        ),
+        (
+            network.config.out_channels not in (None, channels),
+            f"returns {network.config.out_channels} channels, not {channels}",
+        ),
+        (size != (height, width), f"has sample_size {size}, the images {(height, width)} (see --resolution)"),
+        (
+            name == "VDMUNet2DModel" and network.config.num_train_timesteps != args.diffusion.ddpm_num_steps,
+            f"has num_train_timesteps {network.config.get('num_train_timesteps')}, --ddpm_num_steps is "
+            f"{args.diffusion.ddpm_num_steps}",
+        ),
+        (
+            (num_classes_of(network) is not None) != args.model.class_conditional,
+            "is class-conditional exactly if --class_conditional is given, which it is not",
+        ),
+        (
+            args.model.class_conditional and (num_classes_of(network) or 0) < (images.num_classes or 0),
+            f"has {num_classes_of(network)} classes, the data {images.num_classes}",
+        ),
+    ]
+    found = [text for wrong, text in problems if wrong]
+    if found:
+        raise DataError(f"the network of --model_config_name_or_path {source} {'; and '.join(found)}.")
+    return network

@@ -1,0 +1,52 @@
+"""Pictures: grids of samples, and the loss against log SNR."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from torch import Tensor
+
+
+def image_grid(
+    levels: Tensor, num_levels: int, *, columns: int | None = None, smallest_side: int = 256
+) -> PIL.Image.Image:
+    """Integer images (N, C, H, W) side by side, with a gap between them; small ones are enlarged without smoothing.
+
+    One channel is drawn in grey, three or more by the first three in colour, two by the first alone.
+    """
+    number, channels, height, width = levels.shape
+    columns = columns or math.ceil(math.sqrt(number))
+    rows, gap, shown = math.ceil(number / columns), 1, 3 if channels >= 3 else 1
+    pixels = (levels[:, :shown].double() * 255 / (num_levels - 1)).round().to("cpu").numpy().astype(np.uint8)
+    canvas = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, shown), 127, dtype=np.uint8)
+    for index, image in enumerate(pixels):
+        top, left = (index // columns) * (height + gap) + gap, (index % columns) * (width + gap) + gap
+        canvas[top : top + height, left : left + width] = np.moveaxis(image, 0, -1)
+    grid = PIL.Image.fromarray(canvas[..., 0] if shown == 1 else canvas)
+    factor = max(1, math.ceil(smallest_side / max(grid.size)))
+    return grid.resize((grid.width * factor, grid.height * factor), PIL.Image.Resampling.NEAREST)
+
+
+def plot_loss_by_log_snr(points: list[dict[str, float]], path: Path, *, title: str, label: str) -> None:
+    """The diffusion term per unit of log SNR; the area under the curve is the term itself."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    log_snr = [point["log_snr"] for point in points]
+    loss = np.array([point["bits_per_dim_per_log_snr"] for point in points])
+    error = np.array([point["standard_error"] for point in points])
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(log_snr, loss, label=label)
+    axes.fill_between(log_snr, loss - error, loss + error, alpha=0.3, linewidth=0)
+    axes.set_xlabel("log SNR")
+    axes.set_ylabel("bits/dim per unit of log SNR")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    axes.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=150)

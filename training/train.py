@@ -1,0 +1,630 @@
+#!/usr/bin/env python
+"""Train a variational diffusion model.
+
+    python training/train.py                                       # the 8x8 digits, on a CPU, in minutes
+    accelerate launch training/train.py --config recipe.yaml       # any data, any number of processes
+    python training/train.py --help
+
+One optimiser step sees a global batch of train_batch_size x processes x gradient_accumulation_steps images. Its images, times
+and noise are functions of (seed, step) alone (see randomness.py): a run that was killed and resumed is the run that was not.
+
+Exit codes: 0 done; 2 bad arguments or data; 143 stopped by SIGTERM with its state saved; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import ProjectConfiguration, set_seed
+from checkpoints import (
+    CheckpointError,
+    atomic_folder,
+    clean_up,
+    discard,
+    find_checkpoint,
+    list_checkpoints,
+    prune,
+    write_json,
+)
+from config import ARGUMENTS_FILE, Arguments, parse_arguments
+from data import DataError, ImageSet, load_splits
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.optimization import get_scheduler
+from diffusers.utils import logging as diffusers_logging
+from diffusion import DiffusionTask, Rows, make_scheduler
+from ema import EMA
+from evaluating import bits_per_dim, combined_error, draw_samples
+from networks import make_network, num_classes_of
+from plots import image_grid
+from randomness import DataOrder, seed_for
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vdm_diffusers import VDMPipeline, VDMScheduler
+
+EXIT_BAD_INPUT = 2
+EXIT_TERMINATED = 143  # 128 + SIGTERM: what shells and launchers report for a process that ended on this signal
+STATE_FOLDER = "training_state"
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FOLDER = "samples"
+PIPELINE_PARTS = ("model_index.json", "unet", "scheduler")
+NUM_BINS = 16  # of log SNR, for the loss by log SNR
+BYTES_KEPT_ON_DEVICE = 2 << 30  # data sets up to this size live on the accelerator
+STOP_INTERVAL = 10  # optimiser steps between the processes' agreements on whether to stop
+
+
+class SetupError(RuntimeError):
+    """The run cannot start as asked; the message says what to do."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM came and the state has been saved."""
+
+
+# --- before the first step --------------------------------------------------------------------------------------------
+
+
+def check_launch(accelerator: Accelerator) -> None:
+    """Raise SetupError if the launcher was asked for more processes than there are."""
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted > accelerator.num_processes:
+        raise SetupError(
+            f"the launcher's WORLD_SIZE is {wanted}, but {accelerator.num_processes} process(es) found each other. On CPUs start "
+            f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {wanted} training/train.py`."
+        )
+    # `accelerate launch --cpu --num_processes N` starts a single process; all it leaves are these two variables
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise SetupError(
+            "`accelerate launch` was asked for several processes and started one. On CPUs write "
+            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N training/train.py`, or use torchrun."
+        )
+
+
+def idle_cores(accelerator: Accelerator) -> str | None:
+    """A warning if CPU training leaves cores idle (launchers set one thread for each process)."""
+    if accelerator.device.type != "cpu":
+        return None
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    used = local * torch.get_num_threads()
+    if used >= cores:
+        return None
+    return (
+        f"warning: {local} process(es) with {torch.get_num_threads()} thread(s) each use {used} of {cores} cores. "
+        f"Set OMP_NUM_THREADS={cores // local} (or --num_cpu_threads_per_process of `accelerate launch`)."
+    )
+
+
+def prepare_output_dir(args: Arguments, accelerator: Accelerator) -> Path:
+    """Make --output_dir, or raise SetupError if it is occupied and this run does not resume."""
+    output_dir = Path(args.run.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise SetupError(f"--output_dir {output_dir} is a file.")
+    occupied = output_dir.is_dir() and any(output_dir.iterdir())
+    if occupied and not args.run.resume_from_checkpoint and not args.run.overwrite_output_dir:
+        raise SetupError(
+            f"--output_dir {output_dir} is not empty. Give another one, --resume_from_checkpoint latest to go on with the run in it, "
+            "or --overwrite_output_dir to start anew."
+        )
+    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    if accelerator.is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        clean_up(output_dir)
+        if occupied and not args.run.resume_from_checkpoint:
+            ours = [
+                output_dir / name
+                for name in (*PIPELINE_PARTS, ARGUMENTS_FILE, METRICS_FILE, SAMPLES_FOLDER, args.run.logging_dir)
+            ]
+            for path in [*list_checkpoints(output_dir), *ours]:
+                if path.exists():
+                    discard(path)
+    accelerator.wait_for_everyone()
+    return output_dir
+
+
+def num_train_steps(args: Arguments, num_images: int, global_batch: int) -> int:
+    """--max_train_steps, or the optimiser steps that --num_epochs take."""
+    if args.optimization.max_train_steps is not None:
+        return args.optimization.max_train_steps
+    return math.ceil(args.optimization.num_epochs * num_images / global_batch)
+
+
+# --- the pieces of a run ----------------------------------------------------------------------------------------------
+
+
+class Batches:
+    """Integer images by their place in the training stream, on the device or on their way to it."""
+
+    def __init__(self, images: ImageSet, order: DataOrder, device: torch.device) -> None:
+        self.order, self.device = order, device
+        self.images, self.labels = images.images, images.labels
+        self.on_device = device.type != "cpu" and self.images.nbytes <= BYTES_KEPT_ON_DEVICE
+        if self.on_device:
+            self.images = self.images.to(device)
+            self.labels = None if self.labels is None else self.labels.to(device)
+
+    def __call__(self, start: int, count: int) -> tuple[Tensor, Tensor | None]:
+        """The images and labels at places start..start+count-1 of the stream."""
+        index = self.order.indices(start, count)
+        if self.on_device:
+            index = index.to(self.device, non_blocking=True)
+        images = self.images[index]
+        if self.device.type == "cuda" and not self.on_device:
+            images = images.pin_memory()
+        return images, None if self.labels is None else self.labels[index]
+
+
+class Meter:
+    """Loss, loss by log SNR and gradient norm since the last reading, summed on the device."""
+
+    def __init__(self, scheduler: VDMScheduler, device: torch.device) -> None:
+        schedule = scheduler.noise_schedule
+        self.highest, self.lowest = schedule.log_snr_max, max(schedule.log_snr_min, -20.0)
+        # loss, number of losses, gradient norm, number of norms, then loss and number in each bin
+        self.sums = torch.zeros(4 + 2 * NUM_BINS, device=device)
+
+    def add_losses(self, losses: Tensor, log_snr: Tensor) -> None:
+        """Losses (B,) on the device and their log SNRs (B,) on the CPU."""
+        position = (log_snr - self.lowest) / (self.highest - self.lowest) * NUM_BINS
+        bins = position.floor().clamp(0, NUM_BINS - 1).long().to(losses.device, non_blocking=True)
+        losses = losses.detach().float()
+        self.sums[0] += losses.sum()
+        self.sums[1] += len(losses)
+        self.sums.index_add_(0, 4 + bins, losses)
+        self.sums.index_add_(0, 4 + NUM_BINS + bins, torch.ones_like(losses))
+
+    def add_gradient_norm(self, norm: Tensor) -> None:
+        self.sums[2] += norm.detach()
+        self.sums[3] += 1
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all ranks and micro-batches since the last reading; waits for the device."""
+        values = accelerator.reduce(self.sums, "sum").tolist()
+        self.sums.zero_()
+        means = {"loss": values[0] / max(values[1], 1), "gradient_norm": values[2] / max(values[3], 1)}
+        width = (self.highest - self.lowest) / NUM_BINS
+        for index in range(NUM_BINS):
+            loss, number = values[4 + index], values[4 + NUM_BINS + index]
+            if number:
+                means[f"loss_by_log_snr/{self.lowest + (index + 0.5) * width:+.1f}"] = loss / number
+        return means
+
+
+class StopSignal:
+    """Whether SIGTERM has come, agreed among the processes."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator, self.received = accelerator, False
+        signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, *_: Any) -> None:
+        self.received = True
+
+    def agreed(self, step: int) -> bool:
+        """True on every process or on none: one process looks at every step, several ask each other now and then."""
+        if self.accelerator.num_processes == 1:
+            return self.received
+        if step % STOP_INTERVAL:
+            return False
+        flag = torch.tensor(float(self.received), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+
+class Log:
+    """metrics.jsonl and the tracker; on the main process only."""
+
+    def __init__(self, accelerator: Accelerator, args: Arguments, output_dir: Path, step: int) -> None:
+        self.accelerator, self.path = accelerator, output_dir / METRICS_FILE
+        self.tracking = args.run.logger != "none"
+        if self.tracking:
+            options = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in args.flat().items()}
+            accelerator.init_trackers("vdm", config=options)
+        if accelerator.is_main_process:  # entries after the checkpoint will be written again
+            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+            kept = [line for line in lines if _whole_entry(line) and json.loads(line)["step"] <= step]
+            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """One entry: numbers to the tracker, everything to metrics.jsonl."""
+        if self.accelerator.is_main_process:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.tracking:
+            self.accelerator.log({k: v for k, v in values.items() if isinstance(v, (int, float))}, step=step)
+
+    def picture(self, step: int, name: str, image: PIL.Image.Image) -> None:
+        """A picture to the tracker."""
+        pixels = np.asarray(image.convert("RGB"))
+        for tracker in self.accelerator.trackers if self.tracking else []:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
+            else:
+                tracker.log_images({name: [pixels]}, step=step)
+
+
+def _whole_entry(line: str) -> bool:
+    try:
+        return "step" in json.loads(line)
+    except ValueError:
+        return False
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+class Training:
+    """A run: what is trained, on what, where it stands, and what is done on the way."""
+
+    def __init__(self, args: Arguments, accelerator: Accelerator) -> None:
+        self.args, self.accelerator = args, accelerator
+        optimization, device = args.optimization, accelerator.device
+        check_launch(accelerator)
+        self.output_dir = prepare_output_dir(args, accelerator)
+        resume_from, self.warnings = None, [idle_cores(accelerator)]
+        if args.run.resume_from_checkpoint:
+            resume_from, passed_over = find_checkpoint(self.output_dir, args.run.resume_from_checkpoint)
+            self.warnings += passed_over
+
+        with accelerator.main_process_first():  # the others find what the first has downloaded
+            self.train_images, self.eval_images = load_splits(args.data, optimization.seed)
+        if args.run.eval_max_images is not None and args.run.eval_max_images < len(self.eval_images):
+            first = torch.arange(args.run.eval_max_images)
+            self.eval_images = self.eval_images.take(first, f"{self.eval_images.name}, the first {len(first)}")
+        self.num_levels = args.data.num_levels or self.train_images.num_levels
+        highest = max(int(split.images.max()) for split in (self.train_images, self.eval_images))
+        if highest >= self.num_levels:
+            raise DataError(f"--num_levels {self.num_levels}: the images hold level {highest}.")
+
+        set_seed(optimization.seed)
+        self.network = make_network(args, self.train_images)
+        self.scheduler = make_scheduler(args.diffusion)
+        self.num_classes = num_classes_of(self.network)
+        self.network.to(device).train()
+        if optimization.channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        self.ema = None
+        if optimization.use_ema:
+            options = {"inv_gamma": optimization.ema_inv_gamma, "power": optimization.ema_power}
+            self.ema = EMA(self.network, **options, max_decay=optimization.ema_max_decay)
+        self.step = self.images_seen = 0
+        if resume_from is not None:
+            self._load_weights(resume_from)
+        if optimization.compile:
+            self.network.compile()
+        optimizer = torch.optim.AdamW(
+            self.network.parameters(),
+            lr=optimization.learning_rate,
+            betas=(optimization.adam_beta1, optimization.adam_beta2),
+            weight_decay=optimization.adam_weight_decay,
+            eps=optimization.adam_epsilon,
+            fused=device.type in ("cpu", "cuda"),
+        )
+        self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
+        if resume_from is not None:
+            self._load_optimizer(resume_from)
+
+        self.rows = optimization.train_batch_size
+        self.global_batch = self.rows * accelerator.num_processes * optimization.gradient_accumulation_steps
+        self.num_steps = num_train_steps(args, len(self.train_images), self.global_batch)
+        # The schedule is used as a function of the optimiser step: nothing to save, nothing that could count otherwise.
+        self.learning_rate_factor = get_scheduler(
+            optimization.lr_scheduler,
+            optimizer,
+            num_warmup_steps=optimization.lr_warmup_steps,
+            num_training_steps=self.num_steps,
+        ).lr_lambdas[0]
+        self.batches = Batches(self.train_images, DataOrder(len(self.train_images), optimization.seed), device)
+        self.task = DiffusionTask(
+            args.diffusion,
+            self.scheduler,
+            num_levels=self.num_levels,
+            seed=optimization.seed,
+            device=device,
+            random_flip=args.data.random_flip,
+            num_classes=self.num_classes,
+            class_dropout=args.model.class_dropout,
+        )
+        self.meter = Meter(self.scheduler, device)
+        self.log = Log(accelerator, args, self.output_dir, self.step)
+        self.stop = StopSignal(accelerator)
+        if accelerator.is_main_process:
+            write_json(self.output_dir / ARGUMENTS_FILE, self.description())
+        if resume_from is not None:
+            accelerator.print(f"resuming from {resume_from} at step {self.step}")
+
+    def description(self) -> dict[str, Any]:
+        """What the model was trained on and how, for evaluate.py and for people."""
+        return {
+            "arguments": self.args.flat(),
+            "train_images": self.train_images.name,
+            "eval_images": self.eval_images.name,
+            "num_levels": self.num_levels,
+            "num_parameters": sum(p.numel() for p in self.network.parameters()),
+            "global_batch": self.global_batch,
+            "max_train_steps": self.num_steps,
+            "num_processes": self.accelerator.num_processes,
+            "device": str(self.accelerator.device),
+        }
+
+    @property
+    def averaged(self) -> ModelMixin:
+        """The network that is evaluated, sampled and published: the average's, or the trained one."""
+        return self.network if self.ema is None else self.ema.model
+
+    def pipeline(self) -> VDMPipeline:
+        """A pipeline of the averaged network, in eval mode."""
+        scheduler = VDMScheduler.from_config(self.scheduler.config)
+        encoding = self.args.diffusion.pixel_encoding
+        return VDMPipeline(self.averaged, scheduler, num_levels=self.num_levels, pixel_encoding=encoding)
+
+    # --- one step
+
+    def optimizer_step(self) -> None:
+        """One optimiser step: all micro-batches of this process, then clipping, AdamW, EMA."""
+        optimization, accelerator = self.args.optimization, self.accelerator
+        for group in self.optimizer.param_groups:
+            group["lr"] = optimization.learning_rate * self.learning_rate_factor(self.step)
+        for micro_batch in range(optimization.gradient_accumulation_steps):
+            first = (micro_batch * accelerator.num_processes + accelerator.process_index) * self.rows
+            rows = Rows(self.step, first, self.rows, self.global_batch)
+            levels, labels = self.batches(self.images_seen + first, self.rows)
+            torch.manual_seed(seed_for(optimization.seed, "dropout", self.step, first))
+            with accelerator.accumulate(self.model):
+                losses, log_snr = self.task.losses(self.model, levels, labels, rows)
+                accelerator.backward(losses.mean())
+                self.meter.add_losses(losses, log_snr)
+                if accelerator.sync_gradients:
+                    limit = optimization.max_grad_norm or math.inf
+                    self.meter.add_gradient_norm(accelerator.clip_grad_norm_(self.model.parameters(), limit))
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self.step += 1
+        self.images_seen += self.global_batch
+        if self.ema is not None:
+            self.ema.update(self.step)
+
+    def train(self) -> None:
+        """Train to the last step, then evaluate, sample and save the pipeline."""
+        run, accelerator = self.args.run, self.accelerator
+        self.announce()
+        bar = tqdm(
+            total=self.num_steps,
+            initial=self.step,
+            disable=not accelerator.is_local_main_process,
+            desc="training",
+            unit="step",
+        )
+        logged_step, logged_time = self.step, time.perf_counter()
+        evaluated = sampled = -1
+        with bar:
+            while self.step < self.num_steps:
+                self.optimizer_step()
+                bar.update()
+                last = self.step == self.num_steps
+                stopping = not last and self.stop.agreed(self.step)
+                saving = last or stopping or self.step % run.checkpointing_steps == 0
+                if last or saving or self.step % run.logging_steps == 0:
+                    values = self.meter.read(accelerator)
+                    self.check_finite(values, logged_step)
+                    now = time.perf_counter()
+                    rate = (self.step - logged_step) * self.global_batch / (now - logged_time)
+                    values |= {
+                        "learning_rate": self.optimizer.param_groups[0]["lr"],
+                        "images_per_second": rate,
+                        "epoch": self.epoch,
+                    }
+                    self.log.write(self.step, values)
+                    bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['learning_rate']:.1e}", refresh=False)
+                    logged_step = self.step
+                if saving:
+                    self.save_checkpoint()
+                if stopping:
+                    accelerator.print(
+                        f"SIGTERM: state saved at step {self.step}; go on with --resume_from_checkpoint latest"
+                    )
+                    raise Terminated(EXIT_TERMINATED)
+                if run.eval_steps and not last and self.step % run.eval_steps == 0:
+                    self.evaluate()
+                    evaluated = self.step
+                if run.sample_steps and not last and self.step % run.sample_steps == 0:
+                    self.draw_samples()
+                    sampled = self.step
+                if saving or self.step in (evaluated, sampled, logged_step):
+                    logged_time = time.perf_counter()  # the rate is that of training alone
+        if run.eval_steps != 0:
+            self.evaluate()
+        if run.sample_steps != 0:
+            self.draw_samples()
+        self.save_pipeline()
+        accelerator.end_training()
+
+    @property
+    def epoch(self) -> float:
+        """Passes through the training images so far."""
+        return self.images_seen / len(self.train_images)
+
+    def check_finite(self, values: dict[str, float], since: int) -> None:
+        """Raise FloatingPointError if the loss or the gradient was not finite since the last reading."""
+        scaled = self.accelerator.scaler is not None  # float16's loss scaling skips overflowing steps by itself
+        if math.isfinite(values["loss"]) and (scaled or math.isfinite(values["gradient_norm"])):
+            return
+        kept = list_checkpoints(self.output_dir)
+        raise FloatingPointError(
+            f"the loss ({values['loss']}) or the gradient norm ({values['gradient_norm']}) was not finite in steps {since + 1} to "
+            f"{self.step}. Look at the last entries of {self.output_dir / METRICS_FILE} (did the gradient norm grow?); lower "
+            "--learning_rate or --max_grad_norm, lengthen --lr_warmup_steps, or train with --mixed_precision no or bf16. "
+            f"The last checkpoint, {kept[-1].name if kept else 'none yet'}, is from before."
+        )
+
+    def announce(self) -> None:
+        """Say what will be done."""
+        optimization, accelerator = self.args.optimization, self.accelerator
+        for warning in filter(None, self.warnings):
+            accelerator.print(warning)
+        parameters = sum(p.numel() for p in self.network.parameters())
+        shape = "x".join(map(str, self.train_images.images.shape[1:]))
+        accelerator.print(
+            f"training on {self.train_images.name} ({shape}, {self.num_levels} levels)\n"
+            f"evaluating on {self.eval_images.name}\n"
+            f"network: {type(self.network).__name__}, {parameters / 1e6:.2f}M weights; predicts {self.args.diffusion.prediction_type}, "
+            f"loss {self.args.diffusion.loss} in {'discrete' if self.task.discrete else 'continuous'} time, schedule "
+            f"{self.args.diffusion.ddpm_beta_schedule}\n"
+            f"{self.num_steps} optimiser steps of {self.global_batch} images ({self.rows} x {accelerator.num_processes} process(es) x "
+            f"{optimization.gradient_accumulation_steps} micro-batch(es)), {self.num_steps * self.global_batch / len(self.train_images):.1f} "
+            f"epochs, on {accelerator.device}, precision {accelerator.mixed_precision}\n"
+            f"writing to {self.output_dir}"
+        )
+
+    # --- looking at it
+
+    def evaluate(self) -> None:
+        """Bits/dim of the held-out images with the averaged weights."""
+        self.averaged.eval()
+        result = bits_per_dim(
+            self.pipeline(),
+            self.eval_images,
+            seed=self.args.optimization.seed,
+            num_samples=self.args.run.eval_num_samples,
+            batch_size=self.args.run.eval_batch_size,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        self.network.train()
+        self.log.write(self.step, {f"eval/{name}": value for name, value in result.items()})
+        error = combined_error([result["standard_error"], result["sampling_error"]])
+        terms = ", ".join(
+            f"{term} {result[term]:.3f}" for term in ("prior", "diffusion", "reconstruction") if term in result
+        )
+        if self.accelerator.is_local_main_process:
+            tqdm.write(f"step {self.step}: held-out bits/dim {result['bits_per_dim']:.3f} +- {error:.3f} ({terms})")
+
+    def draw_samples(self) -> None:
+        """A grid of samples, from the same noise each time."""
+        if self.accelerator.is_main_process:
+            self.averaged.eval()
+            pipeline = self.pipeline()
+            levels = draw_samples(
+                pipeline,
+                self.args.run.num_sample_images,
+                seed=self.args.optimization.seed,
+                num_inference_steps=self.args.diffusion.ddpm_num_inference_steps,
+                batch_size=self.args.run.eval_batch_size,
+                num_classes=self.num_classes,
+            )
+            self.network.train()
+            grid = image_grid(levels, self.num_levels)
+            folder = self.output_dir / SAMPLES_FOLDER
+            folder.mkdir(exist_ok=True)
+            grid.save(folder / f"step-{self.step:07d}.png")
+            self.log.picture(self.step, "samples", grid)
+        self.accelerator.wait_for_everyone()
+
+    # --- saving and loading
+
+    def save_checkpoint(self) -> None:
+        """Everything that the run needs to go on, and a pipeline of the averaged weights, in one folder."""
+        if self.accelerator.is_main_process:
+            with atomic_folder(self.output_dir / f"checkpoint-{self.step}") as folder:
+                self._write_pipeline(folder)
+                state = folder / STATE_FOLDER
+                state.mkdir()
+                save_file(
+                    {name: value.contiguous() for name, value in self.network.state_dict().items()},
+                    state / "weights.safetensors",
+                )
+                torch.save(self.optimizer.state_dict(), state / "optimizer.pt")
+                if self.accelerator.scaler is not None:
+                    torch.save(self.accelerator.scaler.state_dict(), state / "scaler.pt")
+                write_json(state / "state.json", {"format": 1, "step": self.step, "images_seen": self.images_seen})
+            prune(self.output_dir, self.args.run.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def save_pipeline(self) -> None:
+        """The finished pipeline in --output_dir itself; model_index.json comes last, so that it never names a half."""
+        if self.accelerator.is_main_process:
+            with atomic_folder(self.output_dir / "pipeline") as folder:
+                self._write_pipeline(folder)
+            written = self.output_dir / "pipeline"
+            names = [path.name for path in written.iterdir() if path.name not in ("model_index.json", "manifest.json")]
+            (self.output_dir / "model_index.json").unlink(missing_ok=True)
+            for name in [*names, "model_index.json"]:
+                if (self.output_dir / name).exists():
+                    discard(self.output_dir / name)
+                (written / name).rename(self.output_dir / name)
+            discard(written)
+            self.accelerator.print(f"saved the pipeline in {self.output_dir}")
+        self.accelerator.wait_for_everyone()
+
+    def _write_pipeline(self, folder: Path) -> None:
+        self.pipeline().save_pretrained(folder)
+        write_json(folder / ARGUMENTS_FILE, self.description())
+
+    def _load_weights(self, checkpoint: Path) -> None:
+        state = checkpoint / STATE_FOLDER
+        position = json.loads((state / "state.json").read_text(encoding="utf-8"))
+        self.step, self.images_seen = position["step"], position["images_seen"]
+        try:
+            self.network.load_state_dict(load_file(state / "weights.safetensors"))
+            if self.ema is not None:
+                self.ema.model.load_state_dict(VDMPipeline.from_pretrained(checkpoint).unet.state_dict())
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{checkpoint} is of another network than the arguments describe: {error}"
+            ) from error
+
+    def _load_optimizer(self, checkpoint: Path) -> None:
+        state = checkpoint / STATE_FOLDER
+        self.optimizer.load_state_dict(torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True))
+        if self.accelerator.scaler is not None and (state / "scaler.pt").is_file():
+            self.accelerator.scaler.load_state_dict(torch.load(state / "scaler.pt", weights_only=True))
+
+
+def make_accelerator(args: Arguments) -> Accelerator:
+    """Accelerate's view of the machine, with the tracker."""
+    logger = None if args.run.logger == "none" else args.run.logger
+    output_dir = args.run.output_dir
+    return Accelerator(
+        gradient_accumulation_steps=args.optimization.gradient_accumulation_steps,
+        mixed_precision=args.optimization.mixed_precision,
+        log_with=logger,
+        project_config=ProjectConfiguration(
+            project_dir=output_dir, logging_dir=os.path.join(output_dir, args.run.logging_dir)
+        ),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(hours=2))
+        ],  # others wait while one evaluates or downloads
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; returns the exit code."""
+    args = parse_arguments(argv)
+    diffusers_logging.set_verbosity_error()
+    accelerator = make_accelerator(args)
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+            Training(args, accelerator).train()
+    except (SetupError, DataError, CheckpointError) as error:
+        if accelerator.is_local_main_process:
+            print(f"train.py: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
