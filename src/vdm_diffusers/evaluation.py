@@ -1,0 +1,482 @@
+"""Likelihood of images under a pipeline, a checkpoint's network and scheduler, or a network of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import PIL.Image
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vdm_diffusers.decoders import PIXEL_ENCODINGS, PixelEncoding
+from vdm_diffusers.likelihood import (
+    ContinuousTerm,
+    Decoder,
+    DenoisingModel,
+    DiffusionTerm,
+    DiscreteTerm,
+    GaussianDecoder,
+    LikelihoodReport,
+    SoftmaxDecoder,
+    evaluate_bound,
+)
+from vdm_diffusers.reverse_variance import ReverseVariance, forward_variance, posterior_variance
+from vdm_diffusers.schedulers.scheduling_vdm import VDMScheduler
+
+Method = Literal["continuous", "discrete"]
+
+_REVERSE_VARIANCES: dict[str, ReverseVariance] = {
+    "fixed_small": "posterior",
+    "fixed_small_log": "posterior",
+    "fixed_large": "forward",
+    "fixed_large_log": "forward",
+    "learned": "learned",
+    "learned_range": "learned_range",
+}
+_BATCH_ELEMENTS = 1 << 18  # of the default batch size: keeps the CPU's caches and a small GPU's memory in view
+_PIL_LEVELS = {"L": 256, "RGB": 256, "RGBA": 256, "LA": 256, "1": 2}
+
+
+def evaluate_likelihood(
+    model: Any,
+    images: Any,
+    *,
+    scheduler: Any = None,
+    method: Method | None = None,
+    num_steps: int | None = None,
+    num_samples: int = 16,
+    num_levels: int | Literal["auto"] = "auto",
+    pixel_encoding: PixelEncoding | Literal["auto"] = "auto",
+    batch_size: int | None = None,
+    class_labels: int | Sequence[int] | Tensor | str | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    generator: torch.Generator | None = None,
+    progress_bar: bool = True,
+    variance_type: str | None = None,
+    clip_denoised: bool = False,
+) -> LikelihoodReport:
+    r"""Bits/dim of images under a diffusion model, with the error of the estimate.
+
+    The bound is -ln p(x) <= prior + diffusion + reconstruction. Two methods estimate it:
+
+    - `"continuous"`: the diffusion term is an integral over log SNR (VDM). Default for schedules given in log SNR.
+    - `"discrete"`: the bound of a chain of `num_steps` steps. Default for tables of betas, with the table's own steps.
+
+    A schedule given in log SNR ends at `z_0`, and its pixels are decoded by VDM's softmax, whose expectation is computed exactly. A table
+    of betas ends at `x_1` with DDPM's discretised Gaussian around the network's `x_hat`, of the posterior variance of the
+    second step (or the network's own, if learned); in continuous time it is interpolated linearly in log SNR. Nothing is clipped.
+
+    Args:
+        model: a [`VDMPipeline`], any pipeline with `unet` and `scheduler` that works on pixels, or, with `scheduler`, any
+            callable `(sample, timestep) -> prediction` that returns a tensor or an object with `.sample`. A module is put into
+            eval mode meanwhile. It is given the sample in its own dtype on its own device (a mere callable: float32,
+            CPU) and timesteps `(B,)`: int64 if they are whole numbers, else float32.
+        images: integers `0..num_levels-1` as uint8 or another integer dtype, `(N, C, H, W)`; an iterable of such batches, or
+            of PIL images; or a `datasets.Dataset` with a column of images. Each image is counted once.
+        scheduler: what the model was trained with, a [`VDMScheduler`] or one of Diffusers' with a table of betas. Default:
+            the pipeline's.
+        method: `"continuous"` or `"discrete"`.
+        num_steps: steps of the discrete chain. Default: the scheduler's `num_train_timesteps`. Other numbers take grids uniform in t.
+        num_samples: evaluations of the model for an image, spread evenly over time. If there are enough for every step of the
+            chain, the steps are summed, as many times over as `num_samples` allows.
+        num_levels: number of levels of a pixel. Default: the pipeline's own, else 256.
+        pixel_encoding: `"bin_center"` or `"endpoint"`, how the model was trained to see level k. Default: a `VDMPipeline`'s own;
+            `"endpoint"` for other pipelines, which is what Diffusers trains with; `"bin_center"` for a model without a pipeline.
+        batch_size: evaluations at a time. The result does not depend on it.
+        class_labels: one for all images, one for each, or the name of a dataset's column.
+        model_kwargs: further arguments of the model. A tensor of N rows has one for each image, a tensor of one row one for all.
+        generator: of the noise. The result depends on its seed alone, not on the batch size.
+        progress_bar: show one.
+        variance_type: the reverse variance of the discrete chain, instead of the scheduler's.
+        clip_denoised: clamp the predicted image to [-1, 1]. That is another model, with a bound of its own.
+
+    Returns:
+        [`LikelihoodReport`]: `bits_per_dim`, `standard_error` (of the estimate, for these images), `sampling_error` (between images),
+        and for each image, in nats, `nats`, `prior`, `diffusion`, `reconstruction`.
+
+    Raises:
+        ValueError: if there is no finite bound, or the figure would not be one: deterministic sampling, latents, guidance, images
+            that are floats, of another size, or of more levels; a learned variance that the method cannot use.
+
+    Example:
+    ```py
+    >>> pipe = DDPMPipeline.from_pretrained("google/ddpm-cifar10-32")
+    >>> report = evaluate_likelihood(pipe, images)
+    >>> print(f"{report.bits_per_dim:.3f} +- {report.standard_error:.3f} bits/dim")
+    ```
+
+    Source: Kingma et al. 2021, "Variational Diffusion Models", equations 11 to 18; Ho et al. 2020, equations 5 and 13.
+    """
+    network, scheduler, num_levels, pixel_encoding = _unpack(model, scheduler, num_levels, pixel_encoding)
+    chain = _adopt(scheduler)
+    if method is None:
+        method = "continuous" if chain.is_log_snr_schedule else "discrete"
+    if method not in ("continuous", "discrete"):
+        raise ValueError(f"`method` must be 'continuous' or 'discrete', got {method!r}.")
+    if num_steps is not None and method != "discrete":
+        raise ValueError(f"`num_steps` belongs to method='discrete', got {num_steps} with method={method!r}.")
+    kind = _reverse_variance(variance_type or chain.config.variance_type, method, num_steps, chain)
+    term, decoder = _term(chain, method, num_steps, kind), _decoder(chain, kind)
+    _check_kwargs(model_kwargs)
+
+    levels, labels = _load_images(images, class_labels, num_levels)
+    _check_size(network, levels)
+    labels = _load_labels(network, labels, len(levels))
+    device, dtype = _device_and_dtype(network)
+    num_dims = levels[0].numel()
+    if batch_size is None:
+        batch_size = max(1, min(512, _BATCH_ELEMENTS // num_dims))
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+
+    denoiser = DenoisingModel(
+        predict=_Predictor(network, chain, device, dtype, labels, model_kwargs or {}, len(levels)),
+        prediction_type=chain.config.prediction_type,
+        num_levels=num_levels,
+        pixel_encoding=pixel_encoding,
+        learned_variance=kind if kind in ("learned", "learned_range") else None,
+        clip_denoised=clip_denoised,
+    )
+    with (
+        _eval_mode(network),
+        torch.no_grad(),
+        tqdm(total=len(levels) * num_samples, disable=not progress_bar, unit="eval") as bar,
+    ):
+        report = evaluate_bound(
+            denoiser,
+            levels,
+            term,
+            decoder,
+            chain.noise_schedule.log_snr_min,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            seed=_seed(generator),
+            device=device,
+            progress=bar.update,
+        )
+    report.settings.update(
+        num_steps=None if method == "continuous" else num_steps or chain.config.num_train_timesteps,
+        num_samples=num_samples,
+        num_levels=num_levels,
+        pixel_encoding=pixel_encoding,
+        prediction_type=chain.config.prediction_type,
+        reverse_variance=None if method == "continuous" else kind,
+        decoder="softmax" if isinstance(decoder, SoftmaxDecoder) else "discretized_gaussian",
+        log_snr_max=chain.noise_schedule.log_snr_max,
+        log_snr_min=chain.noise_schedule.log_snr_min,
+        clip_denoised=clip_denoised,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    return report
+
+
+# --- model and scheduler -----------------------------------------------------------------------------------------------
+
+
+def _unpack(
+    model: Any, scheduler: Any, num_levels: int | str, pixel_encoding: str
+) -> tuple[Callable[..., Any], Any, int, PixelEncoding]:
+    """Network, scheduler, levels and encoding of a pipeline or of a model with its scheduler."""
+    components = getattr(model, "components", None)
+    own: dict[str, Any] = {"num_levels": 256, "pixel_encoding": "bin_center"}
+    if isinstance(components, dict):
+        latent = [name for name in ("vae", "vqvae", "movq", "prior_prior") if components.get(name) is not None]
+        if latent:
+            raise ValueError(
+                f"`model` is a {type(model).__name__} with `{latent[0]}`, a model of latents. The likelihood of pixels under it would need "
+                "the autoencoder's own likelihood: a pixel decoder on latents gives a number that means nothing."
+            )
+        if components.get("unet") is None:
+            raise ValueError(
+                f"`model`, a {type(model).__name__}, has no `unet`. Pass the network itself, with `scheduler`."
+            )
+        scheduler = components.get("scheduler") if scheduler is None else scheduler
+        if "num_levels" in model.config and "pixel_encoding" in model.config:
+            own = {"num_levels": model.config.num_levels, "pixel_encoding": model.config.pixel_encoding}
+            if num_levels not in ("auto", own["num_levels"]):
+                raise ValueError(
+                    f"`num_levels` must be the pipeline's own, {own['num_levels']}, got {num_levels}: its decoder has as many. "
+                    "Leave it out."
+                )
+        else:
+            own["pixel_encoding"] = "endpoint"
+        model = components["unet"]
+    if scheduler is None:
+        raise ValueError("`scheduler` is needed with a model that is no pipeline: what the model was trained with.")
+    if not callable(model):
+        raise ValueError(f"`model` must be a pipeline or a callable (sample, timestep), got {type(model).__name__}.")
+    levels = own["num_levels"] if num_levels == "auto" else num_levels
+    encoding = own["pixel_encoding"] if pixel_encoding == "auto" else pixel_encoding
+    if not isinstance(levels, int) or isinstance(levels, bool) or levels < 2:
+        raise ValueError(f"`num_levels` must be a whole number of at least 2, got {levels!r}.")
+    if encoding not in PIXEL_ENCODINGS:
+        raise ValueError(f"`pixel_encoding` must be one of {', '.join(PIXEL_ENCODINGS)}, got {encoding!r}.")
+    return model, scheduler, levels, cast(PixelEncoding, encoding)
+
+
+def _adopt(scheduler: Any) -> Any:
+    """A scheduler that knows its log SNRs: the given one, or a `VDMScheduler` with a stock scheduler's table of betas."""
+    config = scheduler.config
+    if not hasattr(scheduler, "is_log_snr_schedule"):  # by name: a class from a checkpoint's own code is another one
+        missing = [key for key in ("beta_schedule", "num_train_timesteps") if key not in config]
+        if missing:
+            raise ValueError(
+                f"`scheduler`, a {type(scheduler).__name__}, has no table of betas (no `{missing[0]}` in its config), which "
+                "the bound is computed from. Pass a VDMScheduler that says what the model was trained with."
+            )
+        scheduler = VDMScheduler.from_config(config)
+        config = scheduler.config
+    stochasticity = config.get("stochasticity", 1.0)
+    if stochasticity != 1.0:
+        why = (
+            "deterministic sampling has no finite ELBO"
+            if stochasticity == 0
+            else "the bound is that of the chain with 1.0"
+        )
+        raise ValueError(f"`scheduler` has stochasticity={stochasticity}: {why}. Set stochasticity=1.0 in its config.")
+    return scheduler
+
+
+def _reverse_variance(variance_type: str, method: str, num_steps: int | None, scheduler: Any) -> ReverseVariance:
+    if variance_type not in _REVERSE_VARIANCES:
+        raise ValueError(
+            f"`variance_type` must be one of {', '.join(_REVERSE_VARIANCES)}, got {variance_type!r}: pass one of them."
+        )
+    kind = _REVERSE_VARIANCES[variance_type]
+    if not kind.startswith("learned"):
+        return kind
+    if method == "continuous":
+        raise ValueError(
+            f"variance_type={variance_type!r} cannot be used in continuous time, where the reverse variance is the posterior's. Take "
+            "method='discrete', or variance_type='fixed_small' to leave the network's variance aside."
+        )
+    steps = scheduler.config.num_train_timesteps
+    if kind == "learned" and num_steps not in (None, steps):
+        raise ValueError(
+            f"variance_type='learned' holds for the {steps} steps that the model was trained with, got num_steps={num_steps}. Take "
+            "'learned_range', or variance_type='fixed_small'."
+        )
+    return kind
+
+
+def _term(scheduler: Any, method: str, num_steps: int | None, kind: ReverseVariance) -> DiffusionTerm:
+    schedule, trained = scheduler.noise_schedule, scheduler.config.num_train_timesteps
+    if method == "continuous":
+        return ContinuousTerm(schedule.log_snr_max, schedule.log_snr_min)
+    steps = trained if num_steps is None else num_steps
+    if scheduler.is_log_snr_schedule:
+        if steps < 1:
+            raise ValueError(f"`num_steps` must be at least 1, got {steps}.")
+        return DiscreteTerm(schedule.log_snr(torch.arange(steps + 1, dtype=torch.float64) / steps), kind)
+    # whole timesteps, both ends among them: x_1, which the decoder starts from, is the first of `steps`
+    if not 2 <= steps <= trained:
+        raise ValueError(f"`num_steps` must lie in 2..{trained}, the length of the scheduler's table, got {steps}.")
+    timesteps = torch.linspace(0, trained - 1, steps, dtype=torch.float64).round()
+    return DiscreteTerm(scheduler.log_snr(timesteps), kind)
+
+
+def _decoder(scheduler: Any, kind: ReverseVariance) -> Decoder:
+    if scheduler.is_log_snr_schedule:
+        return SoftmaxDecoder(scheduler.noise_schedule.log_snr_max)
+    first, second = scheduler.log_snr(torch.tensor([0.0, 1.0])).double()
+    return GaussianDecoder(
+        log_snr_1=float(first),
+        variance=float(posterior_variance(first, second)),
+        upper_variance=float(forward_variance(torch.inf, first)),
+        learned=kind if kind in ("learned", "learned_range") else None,
+    )
+
+
+class _Predictor:
+    """The network as the estimators call it: (z_t, log_snr, index of the images) -> output."""
+
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        scheduler: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        labels: Tensor | None,
+        model_kwargs: dict[str, Any],
+        num_images: int,
+    ):
+        self.network, self.scheduler, self.device, self.dtype = network, scheduler, device, dtype
+        self.per_image = {} if labels is None else {"class_labels": labels.to(device)}
+        self.shared: dict[str, Any] = {}
+        for name, value in model_kwargs.items():
+            if isinstance(value, Tensor) and value.ndim and len(value) in (1, num_images):
+                self.per_image[name] = value.to(device).expand(num_images, *value.shape[1:])
+            else:
+                self.shared[name] = value
+
+    def __call__(self, z_t: Tensor, log_snr: Tensor, index: Tensor) -> Tensor:
+        timestep = self.scheduler.timestep_from_log_snr(log_snr)
+        whole = timestep.round()
+        # a table's own entries, through log SNR and back, are whole numbers but for rounding
+        timestep = torch.where((timestep - whole).abs() < 1e-6, whole, timestep)
+        timestep = timestep.long() if bool((timestep == whole).all()) else timestep.to(torch.float32)
+        arguments = {name: value[index.to(self.device)] for name, value in self.per_image.items()}
+        output = self.network(z_t.to(self.dtype), timestep.to(self.device), **arguments, **self.shared)
+        if isinstance(output, tuple):
+            output = output[0]
+        return output if isinstance(output, Tensor) else output.sample
+
+
+def _device_and_dtype(network: Callable[..., Any]) -> tuple[torch.device, torch.dtype]:
+    """Where the model takes its sample, and in what dtype."""
+    parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+    if parameter is None:
+        return torch.device("cpu"), torch.float32
+    dtype = getattr(
+        network, "dtype", parameter.dtype
+    )  # Diffusers' models know theirs when weights are stored in another
+    if getattr(network, "takes_float32_sample", False):
+        dtype = torch.promote_types(dtype, torch.float32)
+    return parameter.device, dtype
+
+
+@contextmanager
+def _eval_mode(network: Callable[..., Any]) -> Iterator[None]:
+    modes = {m: m.training for m in network.modules()} if isinstance(network, nn.Module) else {}
+    for module in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _check_kwargs(model_kwargs: dict[str, Any] | None) -> None:
+    guidance = [name for name in model_kwargs or {} if "guidance" in name]
+    if guidance:
+        raise ValueError(
+            f"`model_kwargs` holds {guidance[0]!r}. Guidance changes the samples, not the likelihood that the model was trained for: "
+            "the guided network's bound is of another, unnormalised model."
+        )
+
+
+def _seed(generator: torch.Generator | None) -> int:
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**62, (), generator=generator, device=device))
+
+
+# --- images ------------------------------------------------------------------------------------------------------------
+
+
+def _load_images(images: Any, class_labels: Any, num_levels: int) -> tuple[Tensor, Any]:
+    """All images as one integer tensor (N, C, H, W), and the labels, read from the data set if they name a column."""
+    if isinstance(images, PIL.Image.Image):
+        images = [images]
+    if _is_dataset(images):
+        column = _image_column(images)
+        if isinstance(class_labels, str):
+            class_labels = list(images[class_labels])
+        images = (row[column] for row in images.select_columns([column]))
+    elif isinstance(class_labels, str):
+        raise ValueError(f"`class_labels` names a column, {class_labels!r}, but `images` is no datasets.Dataset.")
+    batches = [images] if isinstance(images, Tensor) else images
+    if not isinstance(batches, Iterable):
+        raise ValueError(
+            "`images` must be an integer tensor (N, C, H, W), batches of them, PIL images, or a datasets.Dataset, got "
+            f"{type(images).__name__}."
+        )
+    parts: list[Tensor] = []
+    for batch in batches:
+        part = _to_levels(batch, num_levels)
+        if parts and part.shape[1:] != parts[0].shape[1:]:
+            raise ValueError(
+                f"all of `images` must have one size, got {tuple(parts[0].shape[1:])} and {tuple(part.shape[1:])}: resize them "
+                "as the model's training data were."
+            )
+        parts.append(part)
+    levels = torch.cat(parts) if parts else torch.empty(0, 1, 1, 1, dtype=torch.uint8)
+    if len(levels) == 0:
+        raise ValueError("`images` holds no image.")
+    return levels, class_labels
+
+
+def _to_levels(batch: Any, num_levels: int) -> Tensor:
+    """One tensor batch or PIL image as integers (B, C, H, W) on the CPU, in the smallest dtype."""
+    if isinstance(batch, PIL.Image.Image):
+        mode_levels = _PIL_LEVELS.get(batch.mode)
+        if mode_levels is None:
+            raise ValueError(
+                f"`images` holds a PIL image of mode {batch.mode!r}, whose values are no levels 0..255: convert it to 'L' or 'RGB', "
+                "or pass integer tensors."
+            )
+        if mode_levels != num_levels:
+            raise ValueError(
+                f"`images` holds PIL images of {mode_levels} levels, but `num_levels` is {num_levels}: pass integer tensors of levels "
+                f"0..{num_levels - 1}."
+            )
+        width, height = batch.size
+        data = bytearray(batch.convert("L").tobytes() if batch.mode == "1" else batch.tobytes())
+        tensor = torch.frombuffer(data, dtype=torch.uint8).reshape(1, height, width, -1).permute(0, 3, 1, 2)
+        return tensor.clamp(max=1) if batch.mode == "1" else tensor.contiguous()
+    if not isinstance(batch, Tensor):
+        raise ValueError(f"`images` must hold integer tensors (N, C, H, W) or PIL images, got {type(batch).__name__}.")
+    if batch.is_floating_point() or batch.is_complex() or batch.dtype == torch.bool:
+        raise ValueError(
+            f"`images` must be integers 0..{num_levels - 1}, got {batch.dtype}. Likelihoods in bits/dim are of integers; for images in "
+            f"[0, 1] pass (images * {num_levels - 1}).round().to(torch.uint8)."
+        )
+    if batch.ndim != 4:
+        raise ValueError(f"`images` must have shape (N, C, H, W), got {tuple(batch.shape)}.")
+    batch = batch.detach().cpu()
+    if batch.numel() and not 0 <= int(batch.min()) <= int(batch.max()) < num_levels:
+        raise ValueError(
+            f"`images` must hold levels in 0..{num_levels - 1}, got {int(batch.min())}..{int(batch.max())}. Is `num_levels` right?"
+        )
+    return batch.to(torch.uint8 if num_levels <= 256 else torch.int32)
+
+
+def _is_dataset(images: Any) -> bool:
+    return all(hasattr(images, name) for name in ("features", "column_names", "select_columns"))
+
+
+def _image_column(dataset: Any) -> str:
+    """The column of a datasets.Dataset that holds images, found by its feature type."""
+    columns = [name for name, feature in dataset.features.items() if type(feature).__name__ == "Image"]
+    if len(columns) != 1:
+        raise ValueError(
+            f"`images` must have one column of images, got {columns or 'none'} among {dataset.column_names}: choose with "
+            "dataset.select_columns(...), or cast_column(name, datasets.Image())."
+        )
+    return columns[0]
+
+
+def _check_size(network: Callable[..., Any], levels: Tensor) -> None:
+    """Raise ValueError unless the images have the size that the model's config states."""
+    config = getattr(network, "config", None)
+    channels, size = (
+        (config.get(key) for key in ("in_channels", "sample_size")) if config is not None else (None, None)
+    )
+    if channels is not None and channels != levels.shape[1]:
+        raise ValueError(f"`images` must have the model's {channels} channels, got shape {tuple(levels.shape)}.")
+    if size is not None:
+        expected = (size, size) if isinstance(size, int) else tuple(size)
+        if expected != tuple(levels.shape[2:]):
+            raise ValueError(
+                f"`images` must have the model's size {expected[0]}x{expected[1]}, got {levels.shape[2]}x{levels.shape[3]}: a bound at "
+                "another size is one of a model that nobody trained. Resize the images as the training data were."
+            )
+
+
+def _load_labels(network: Callable[..., Any], class_labels: Any, num_images: int) -> Tensor | None:
+    config = getattr(network, "config", None)
+    classes = config.get("num_class_embeds") if config is not None else None
+    if class_labels is None:
+        if classes is not None:
+            raise ValueError(f"`class_labels` are needed: the model has num_class_embeds={classes}.")
+        return None
+    labels = torch.as_tensor(class_labels)
+    if labels.is_floating_point() or labels.ndim > 1 or (labels.ndim == 1 and len(labels) != num_images):
+        raise ValueError(
+            f"`class_labels` must be one whole number, or one for each of the {num_images} images, got "
+            f"{labels.dtype} of shape {tuple(labels.shape)}."
+        )
+    return labels.long().expand(num_images)

@@ -1,0 +1,262 @@
+"""The estimators of the core against exact answers: data that are N known images, and quadrature in mpmath."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+from exact_models import GaussianMixture
+
+from vdm_diffusers.decoders import encode_pixels, level_values, softmax_log_likelihood
+from vdm_diffusers.likelihood import (
+    ContinuousTerm,
+    DenoisingModel,
+    DiscreteTerm,
+    GaussianDecoder,
+    SoftmaxDecoder,
+    evaluate_bound,
+    expected_softmax_nats,
+)
+from vdm_diffusers.noise_schedules import TabulatedNoiseSchedule, make_betas
+from vdm_diffusers.reverse_variance import forward_variance, posterior_variance
+
+LOG_SNR_MAX, LOG_SNR_MIN = 13.3, -5.0
+
+
+def known_images(count=24, shape=(2, 3, 4), num_levels=256, seed=0):
+    """N images and the exact denoiser of data that are these with equal probability."""
+    generator = torch.Generator().manual_seed(seed)
+    levels = torch.randint(0, num_levels, (count, *shape), generator=generator)
+    return levels, GaussianMixture.points(encode_pixels(levels, num_levels, dtype=torch.float64))
+
+
+def exact_model(data, prediction_type="epsilon", num_levels=256, **kwargs):
+    def predict(z_t, log_snr, index):
+        return data.predict(z_t, log_snr, prediction_type).float()
+
+    return DenoisingModel(predict, prediction_type, num_levels=num_levels, **kwargs)
+
+
+def bound(model, levels, term, decoder=None, **kwargs):
+    decoder = SoftmaxDecoder(LOG_SNR_MAX) if decoder is None else decoder
+    return evaluate_bound(model, levels, term, decoder, LOG_SNR_MIN, **kwargs)
+
+
+def chain(num_steps, reverse_variance="posterior"):
+    return DiscreteTerm(torch.linspace(LOG_SNR_MAX, LOG_SNR_MIN, num_steps + 1, dtype=torch.float64), reverse_variance)
+
+
+# --- the reconstruction term ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("log_snr_0", "num_levels", "level", "encoding"),
+    [(13.3, 256, 0, "bin_center"), (13.3, 256, 100, "endpoint"), (4.0, 17, 16, "bin_center"), (9.0, 256, 3, "bin_center"),
+     (30.0, 5, 2, "endpoint"), (-3.0, 2, 1, "bin_center"), (14.0, 65536, 7, "endpoint")],
+)  # fmt: skip
+def test_expected_softmax_nats_is_the_integral(log_snr_0, num_levels, level, encoding):
+    reach, step = (3000, mpmath.mpf(1)) if num_levels > 1000 else (48, mpmath.mpf(1) / 32)
+    levels = level_values(num_levels, encoding)
+    own = mpmath.mpf(float(levels[level]))
+    near = [mpmath.mpf(float(v)) for v in levels[max(0, level - reach) : level + reach]]  # farther ones have no mass
+
+    with mpmath.workdps(20):
+        snr = mpmath.exp(mpmath.mpf(log_snr_0))
+        expected = mpmath.mpf(0)
+        for i in range(-int(9 / step), int(9 / step) + 1):
+            r = own + i * step / mpmath.sqrt(snr)
+            logits = [-snr / 2 * ((r - v) ** 2 - (r - own) ** 2) for v in near]
+            expected += mpmath.log(mpmath.fsum(map(mpmath.exp, logits))) * mpmath.npdf(i * step) * step
+    tolerance = 1e-6 if num_levels > 1000 else 1e-11  # the trapezoidal rule of step 1 is good to 3e-9
+    assert float(expected_softmax_nats(log_snr_0, num_levels, encoding)[level]) == pytest.approx(
+        float(expected), rel=tolerance, abs=1e-12
+    )
+
+
+def test_expected_softmax_nats_is_the_mean_of_the_decoder():
+    generator = torch.Generator().manual_seed(0)
+    levels = torch.randint(0, 256, (200_000, 1), generator=generator)
+    alpha, sigma = torch.sigmoid(torch.tensor(11.0)).sqrt(), torch.sigmoid(torch.tensor(-11.0)).sqrt()
+    noise = torch.randn(levels.shape, generator=generator, dtype=torch.float64)
+    z_0 = alpha * encode_pixels(levels, dtype=torch.float64) + sigma * noise
+    drawn = -softmax_log_likelihood(levels, z_0, 11.0)
+    difference = drawn - expected_softmax_nats(11.0, 256, "bin_center")[levels[:, 0]]
+    assert abs(float(difference.mean())) < 5 * float(difference.std()) / math.sqrt(len(levels))
+
+
+# --- the bound against the truth --------------------------------------------------------------------------------------
+
+
+def expected_continuous(levels, data, report):
+    """-ln p + reconstruction + prior - I(x; z_1), for the mean over all N images (I-MMSE: Guo, Shamai & Verdu 2005)."""
+    information, error = data.information(LOG_SNR_MIN, 20_000, torch.Generator().manual_seed(1))
+    nats = math.log(len(levels)) - information + float(report.prior.mean() + report.reconstruction.mean())
+    scale = report.num_dims * math.log(2)
+    return nats / scale, error / scale
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction", "score", "flow_prediction"])
+def test_continuous_bound_is_the_truth_for_known_images(prediction_type):
+    levels, data = known_images()
+    report = bound(
+        exact_model(data, prediction_type),
+        levels,
+        ContinuousTerm(LOG_SNR_MAX, LOG_SNR_MIN),
+        num_samples=256,
+        seed=3,
+        batch_size=1024,
+    )
+    expected, error = expected_continuous(levels, data, report)
+    assert report.standard_error < 0.02
+    assert abs(report.bits_per_dim - expected) < 4 * math.hypot(report.standard_error, error)
+    assert math.log2(len(levels)) / 24 < expected < math.log2(len(levels)) / 24 + 0.02
+    assert report.num_model_evaluations == 24 * 256
+
+
+@pytest.mark.slow
+def test_standard_error_is_the_scatter_of_repetitions():
+    levels, data = known_images(count=40)
+    model = exact_model(data)
+    for term in (ContinuousTerm(LOG_SNR_MAX, LOG_SNR_MIN), chain(50)):
+        reports = [bound(model, levels, term, num_samples=16, seed=seed, batch_size=1024) for seed in range(200)]
+        values = torch.tensor([r.bits_per_dim for r in reports])
+        claimed = torch.tensor([r.standard_error for r in reports]).square().mean().sqrt()
+        assert float(values.std() / claimed) == pytest.approx(1, abs=0.25)  # 200 repetitions: 5% each
+
+
+def test_discrete_bound_falls_towards_the_continuous_one():
+    levels, data = known_images()
+    model = exact_model(data)
+    reports = [bound(model, levels, chain(steps), num_samples=1600, batch_size=2048) for steps in (4, 16, 64)]
+    expected, _ = expected_continuous(levels, data, reports[0])
+    excess = [r.bits_per_dim - expected for r in reports]
+    for i in range(2):
+        assert excess[i] - excess[i + 1] > 4 * math.hypot(reports[i].standard_error, reports[i + 1].standard_error)
+    assert excess[-1] > -4 * reports[-1].standard_error
+
+
+def test_a_subset_of_steps_is_unbiased():
+    levels, data = known_images()
+    model = exact_model(data)
+    whole = bound(model, levels, chain(40), num_samples=400, seed=1, batch_size=1024)
+    subset = bound(model, levels, chain(40), num_samples=39, seed=2, batch_size=1024)
+    assert abs(whole.bits_per_dim - subset.bits_per_dim) < 4 * math.hypot(whole.standard_error, subset.standard_error)
+
+
+def test_one_sum_of_every_step_overstates_its_error_rather_than_understating_it():
+    levels, data = known_images(count=12)
+    model = exact_model(data)
+    reports = [bound(model, levels, chain(30), num_samples=30, seed=seed, batch_size=1024) for seed in range(40)]
+    scatter = torch.tensor([r.bits_per_dim for r in reports]).std()
+    assert reports[0].num_model_evaluations == 12 * 30
+    assert torch.tensor([r.standard_error for r in reports]).mean() > 0.8 * scatter
+
+
+# --- DDPM's chain -----------------------------------------------------------------------------------------------------
+
+
+def ddpm(data, learned=None, steps=1000, num_levels=256, fraction=0.0):
+    table = TabulatedNoiseSchedule.from_betas(make_betas("linear", steps)).table
+    low, high = float(posterior_variance(table[0], table[1])), float(forward_variance(math.inf, table[0]))
+    decoder = GaussianDecoder(float(table[0]), low, high, learned)
+
+    def predict(z_t, log_snr, index):
+        eps = data.predict(z_t, log_snr, "epsilon").float()
+        return eps if learned is None else torch.cat([eps, torch.full_like(eps, fraction)], dim=1)
+
+    model = DenoisingModel(predict, "epsilon", num_levels, "endpoint", learned_variance=learned)
+    return model, table, decoder
+
+
+def known_endpoint_images():
+    levels, _ = known_images(count=16, shape=(1, 4, 3))
+    return levels, GaussianMixture.points(encode_pixels(levels, 256, "endpoint", torch.float64))
+
+
+def test_ddpm_chain_bounds_the_truth_and_its_subset_is_unbiased():
+    levels, data = known_endpoint_images()
+    model, table, decoder = ddpm(data)
+    whole, subset = (
+        evaluate_bound(model, levels, DiscreteTerm(table), decoder, float(table[-1]), num_samples=n, batch_size=2048)
+        for n in (2000, 200)
+    )
+    assert whole.bits_per_dim > math.log2(16) / 12
+    assert abs(whole.bits_per_dim - subset.bits_per_dim) < 4 * math.hypot(whole.standard_error, subset.standard_error)
+    for report in (whole, subset):
+        torch.testing.assert_close(report.nats, report.prior + report.diffusion + report.reconstruction)
+    # the decoder's own term, from its definition: x_hat at x_1 is the image itself here
+    sd, half = math.sqrt(decoder.variance), 1 / 255
+    inner = -math.log(math.erf(half / sd / math.sqrt(2)))
+    outer = -math.log(0.5 + 0.5 * math.erf(half / sd / math.sqrt(2)))
+    at_edge = ((levels == 0) | (levels == 255)).flatten(1).sum(1)
+    expected = at_edge * outer + (12 - at_edge) * inner
+    torch.testing.assert_close(whole.reconstruction, expected.double(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("fraction", "fixed"), [(-1.0, "posterior"), (1.0, "forward")])
+def test_the_ends_of_a_learned_range_are_the_fixed_variances(fraction, fixed):
+    levels, data = known_endpoint_images()
+    fixed_model, table, decoder = ddpm(data, steps=60)
+    learned_model, _, learned_decoder = ddpm(data, "learned_range", steps=60, fraction=fraction)
+    a = evaluate_bound(fixed_model, levels, DiscreteTerm(table, fixed), decoder, float(table[-1]), num_samples=60)
+    b = evaluate_bound(
+        learned_model, levels, DiscreteTerm(table, "learned_range"), learned_decoder, float(table[-1]), num_samples=60
+    )
+    torch.testing.assert_close(a.diffusion, b.diffusion, rtol=1e-5, atol=1e-4)
+    if fixed == "posterior":
+        torch.testing.assert_close(a.reconstruction, b.reconstruction, rtol=1e-5, atol=1e-4)
+
+
+# --- accounting -------------------------------------------------------------------------------------------------------
+
+
+def test_the_result_does_not_depend_on_the_batch_size():
+    levels, data = known_images(count=70, shape=(1, 2, 3))
+    model = exact_model(data)
+    term = ContinuousTerm(LOG_SNR_MAX, LOG_SNR_MIN)
+    done = []
+    a = bound(model, levels, term, num_samples=7, seed=5, batch_size=3, progress=done.append)
+    b = bound(model, levels, term, num_samples=7, seed=5, batch_size=1000)
+    torch.testing.assert_close(a.nats, b.nats, rtol=1e-5, atol=1e-5)
+    assert a.standard_error == pytest.approx(b.standard_error, rel=1e-4)
+    assert sum(done) == a.num_model_evaluations == 70 * 7
+    assert not torch.equal(a.nats, bound(model, levels, term, num_samples=7, seed=6).nats)
+
+
+def test_one_image():
+    levels, data = known_images()
+    report = bound(exact_model(data), levels[:1], ContinuousTerm(LOG_SNR_MAX, LOG_SNR_MIN), num_samples=64)
+    assert math.isnan(report.sampling_error)
+    assert report.to_dict()["sampling_error"] is None
+    assert 0 < report.standard_error < 0.3
+    assert abs(report.bits_per_dim - math.log2(24) / 24) < 5 * report.standard_error + 0.02
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, k: bound(m, k[:0], chain(5)), "holds no image"),
+        (lambda m, k: bound(m, k + 256, chain(5)), "levels in 0..255, got 2"),
+        (lambda m, k: bound(m, k, chain(5), num_samples=1), "at least 2, got 1"),
+        (lambda m, k: bound(m, k, chain(5), GaussianDecoder(9.0, 1e-5), num_samples=3), "at least 4, got 3"),
+        (lambda m, k: ContinuousTerm(10.0, -math.inf), "zero terminal SNR"),
+        (lambda m, k: DiscreteTerm(torch.tensor([-5.0, 5.0])), "decreasing"),
+    ],
+)
+def test_refusals(call, message):
+    levels, data = known_images(count=3)
+    with pytest.raises(ValueError, match=message):
+        call(exact_model(data), levels)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda z: z[:, :1], "the sample's shape"),
+        (lambda z: z * math.nan, "not finite"),
+    ],
+)
+def test_outputs_that_do_not_fit_are_refused(output, message):
+    levels, _ = known_images(count=3)
+    with pytest.raises(ValueError, match=message):
+        bound(DenoisingModel(lambda z, log_snr, index: output(z), "epsilon"), levels, chain(5))
