@@ -1,8 +1,9 @@
 """Variational diffusion models for Hugging Face Diffusers: exact maths, likelihoods in bits/dim, training.
 
-    from vdm_diffusers import VDMPipeline, VDMUNet2DModel
+    from vdm_diffusers import VDMPipeline, VDMScheduler, VDMUNet2DModel
 
-The exact core (`vdm_diffusers.prediction`, `.gaussian`, `.noise_schedules`, `.elbo`, ...) is pure torch.
+The exact core (`vdm_diffusers.prediction`, `.gaussian`, `.noise_schedules`, `.elbo`, ...) is pure torch; the classes above are
+Diffusers' own kinds, and importing this package makes them known to Diffusers (`vdm_diffusers.registration`).
 """
 
 import sys
@@ -14,9 +15,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMix
 from .models import VDMUNet2DModel
 from .pipelines import VDMPipeline
 from .registration import register_with_diffusers
+from .schedulers import VDMScheduler
 
 __version__ = "0.1.0"
 
-__all__ = ["VDMPipeline", "VDMUNet2DModel"]
+__all__ = ["VDMPipeline", "VDMScheduler", "VDMUNet2DModel"]
 
-register_with_diffusers(sys.modules[__name__], __all__)
+register_with_diffusers(sys.modules[__name__], ["VDMPipeline", "VDMScheduler", "VDMUNet2DModel"])

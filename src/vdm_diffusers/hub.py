@@ -19,6 +19,7 @@ import io
 import json
 import math
 import os
+import pathlib
 import platform
 import re
 import shlex
@@ -32,7 +33,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
-from pathlib import Path
 
 import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, get_token
@@ -120,11 +120,11 @@ def publish_folder(
             tag that is taken.
         as `check_hub_access`, and huggingface_hub's own errors when the upload fails for good.
     """
-    folder = Path(folder)
+    folder = pathlib.Path(folder)
     api = HfApi(token=token)
     files = _publishable(folder, token)
     if run_as_future:
-        copy = Path(tempfile.mkdtemp(prefix="vdm-diffusers-"))
+        copy = pathlib.Path(tempfile.mkdtemp(prefix="vdm-diffusers-"))
         for name in files:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(folder / name, copy / name)
@@ -146,7 +146,7 @@ def _uploads() -> HfApi:
 
 def _push(
     api: HfApi,
-    folder: Path,
+    folder: pathlib.Path,
     files: list[str],
     repo_id: str,
     private: bool | None,
@@ -185,7 +185,7 @@ def _push(
     return commit
 
 
-def _publishable(folder: Path, token: str | None) -> list[str]:
+def _publishable(folder: pathlib.Path, token: str | None) -> list[str]:
     """Paths of what is pushed, relative to `folder`."""
     index = folder / "model_index.json"
     if not index.is_file():
@@ -224,7 +224,7 @@ _TRAVELLERS = ("models/unet_vdm", "schedulers/scheduling_vdm", "pipelines/pipeli
 
 def has_travelled() -> bool:
     """Whether this very code was loaded from a repository instead of the installed package."""
-    return Path(__file__).name == CODE_FILE
+    return pathlib.Path(__file__).name == CODE_FILE
 
 
 @cache
@@ -236,8 +236,8 @@ def travelling_code() -> str:
     loaded from a repository can be published again.
     """
     if has_travelled():
-        return Path(__file__).read_text(encoding="utf-8")
-    package = Path(__file__).parent
+        return pathlib.Path(__file__).read_text(encoding="utf-8")
+    package = pathlib.Path(__file__).parent
     sources: dict[str, str] = {}
 
     def collect(module: str) -> None:
@@ -261,7 +261,7 @@ def travelling_code() -> str:
 def write_travelling_code(folder: str | os.PathLike[str]) -> None:
     """Write `travelling_code` where a repository carries it, so that the folder loads without this package."""
     for name in CODE_PATHS:
-        path = Path(folder) / name
+        path = pathlib.Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(travelling_code(), encoding="utf-8")
 
@@ -282,7 +282,7 @@ def _own_module(node: ast.AST, module: str) -> str | None:
         return None
     else:
         parts = parts[1:]
-    if not (Path(__file__).parent / "/".join(parts)).with_suffix(".py").is_file():
+    if not (pathlib.Path(__file__).parent / "/".join(parts)).with_suffix(".py").is_file():
         raise ValueError(
             f"{module} says `{ast.unparse(node)}`: code that travels imports names from modules, not from packages."
         )
@@ -295,7 +295,7 @@ def _joined(sources: Mapping[str, str]) -> str:
     A private name that two modules define is made unique. Raises ValueError for a public one, and for an import of a
     module of the package inside a function.
     """
-    imports: dict[str, None] = {}
+    imports: dict[str, tuple[str | None, str]] = {}  # name -> module it comes from (None: is one), name there
     bodies: list[str] = []
     taken: dict[str, str] = {}  # name in the joined file -> the statement that defines it
     names: dict[str, dict[str, str]] = {}  # module -> its top-level names -> their names in the joined file
@@ -319,10 +319,15 @@ def _joined(sources: Mapping[str, str]) -> str:
                         final = names[own].get(alias.name, alias.name)
                         if final != (alias.asname or alias.name):
                             renamed[alias.asname or alias.name] = final
-                    elif isinstance(node, ast.ImportFrom):
-                        imports[ast.unparse(ast.ImportFrom(node.module, [alias], 0))] = None
                     else:
-                        imports[ast.unparse(ast.Import([alias]))] = None
+                        source_module = node.module if isinstance(node, ast.ImportFrom) else None
+                        if imports.setdefault(alias.asname or alias.name, (source_module, alias.name)) != (
+                            source_module,
+                            alias.name,
+                        ):
+                            raise ValueError(
+                                f"{module} imports another {alias.asname or alias.name!r} than a module before it."
+                            )
             for name in set(_defined(node)) - set(names[module]):
                 statement, final = ast.unparse(node), name
                 if taken.get(name) == statement:
@@ -341,9 +346,24 @@ def _joined(sources: Mapping[str, str]) -> str:
                 raise ValueError(f"{module} imports from the package inside a function: code that travels cannot.")
         kept = "\n".join("" if number in drop else line for number, line in enumerate(lines, 1))
         bodies.append(f"# --- {module} ---\n\n{_rename(kept, renamed).strip()}\n")
-    future = [line for line in imports if line.startswith("from __future__")]
-    head = "\n".join([*future, *sorted(line for line in imports if line not in future)])
-    return head + "\n\n\n" + "\n\n".join(re.sub(r"\n{4,}", "\n\n\n", body) for body in bodies)
+    if both := sorted(set(imports) & set(taken)):
+        raise ValueError(
+            f"{', '.join(both)} is imported in one module and defined in another: code that travels needs one name each."
+        )
+    return _import_lines(imports) + "\n\n\n" + "\n\n".join(re.sub(r"\n{4,}", "\n\n\n", body) for body in bodies)
+
+
+def _import_lines(imports: Mapping[str, tuple[str | None, str]]) -> str:
+    plain: list[str] = []
+    grouped: dict[str, list[str]] = {}
+    for name, (module, original) in sorted(imports.items()):
+        said = original if name == original else f"{original} as {name}"
+        if module is None:
+            plain.append(f"import {said}")
+        else:
+            grouped.setdefault(module, []).append(said)
+    lines = {module: f"from {module} import {', '.join(said)}" for module, said in sorted(grouped.items())}
+    return "\n".join([lines.pop("__future__"), *plain, *lines.values()])
 
 
 def _defined(node: ast.stmt) -> list[str]:
@@ -522,13 +542,13 @@ def redact(text: str) -> str:
     return _TOKEN.sub("***", text)
 
 
-def write_model_card(folder: str | os.PathLike[str], description: ModelDescription) -> Path:
+def write_model_card(folder: str | os.PathLike[str], description: ModelDescription) -> pathlib.Path:
     """Write README.md into the folder of a saved `VDMPipeline`: metadata with the model-index, figures, usage, provenance.
 
     The code in the section on usage runs as printed where `description.location` can be loaded; `publish_folder` puts the
     repository's name there. Raises ValueError if an image is not in the folder.
     """
-    folder = Path(folder)
+    folder = pathlib.Path(folder)
     missing = [name for name in description.images if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"`images` must be files in {folder}, got {missing}.")
@@ -635,7 +655,7 @@ def _provenance_table(provenance: Provenance, more: Mapping[str, str]) -> str:
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
-def _usage(location: str, folder: Path, num_inference_steps: int, published: bool) -> str:
+def _usage(location: str, folder: pathlib.Path, num_inference_steps: int, published: bool) -> str:
     """How to sample and to evaluate, as code that runs."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     network = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
@@ -677,7 +697,7 @@ def _usage(location: str, folder: Path, num_inference_steps: int, published: boo
     return "\n".join(blocks)
 
 
-def _with_usage(card: str, repo_id: str, folder: Path) -> str:
+def _with_usage(card: str, repo_id: str, folder: pathlib.Path) -> str:
     """The card with its section on usage made for the repository; a card without the marks is left as it is."""
     start, end = card.find(_USAGE[0]), card.find(_USAGE[1])
     if min(start, end) < 0:
@@ -687,7 +707,7 @@ def _with_usage(card: str, repo_id: str, folder: Path) -> str:
     return f"{card[: start + len(_USAGE[0])]}\n{usage}\n{card[end:]}"
 
 
-def _short_card(repo_id: str, folder: Path) -> str:
+def _short_card(repo_id: str, folder: pathlib.Path) -> str:
     """For a repository that would have no card: what it is and how to use it, and not one figure."""
     return str(
         ModelCard(

@@ -11,10 +11,10 @@ import importlib
 import json
 import math
 import os
+import pathlib
 import re
 import sys
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 import torch
@@ -48,7 +48,7 @@ def check_checkpoint(
         passed: components that the caller brings along, and that are not loaded from the folder.
         trust_remote_code: the caller's word that classes may come from code files of the checkpoint.
     """
-    folder = Path(folder)
+    folder = pathlib.Path(folder)
     index = _read_json(folder / "model_index.json", folder)
     for name, (library, class_name) in _components(index, passed).items():
         config = _read_json(folder / name / _COMPONENTS[name][1], folder)
@@ -79,7 +79,12 @@ def check_repository(
     info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     for path in sizes:
-        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path or ":" in path:
+        if (
+            pathlib.PurePosixPath(path).is_absolute()
+            or ".." in pathlib.PurePosixPath(path).parts
+            or "\\" in path
+            or ":" in path
+        ):
             raise UnsafeCheckpointError(f"{repo_id} has a file whose path leads out of it: {path!r}.")
 
     def read(path: str) -> dict[str, Any]:
@@ -90,7 +95,7 @@ def check_repository(
                 f"{path} of {repo_id} has {sizes[path]} bytes, a config has at most {MAX_JSON_BYTES}."
             )
         local = hf_hub_download(repo_id, path, revision=info.sha, token=token, cache_dir=cache_dir)
-        return parse_json(Path(local).read_bytes(), path)
+        return parse_json(pathlib.Path(local).read_bytes(), path)
 
     for name, (library, class_name) in _components(read("model_index.json"), passed).items():
         config = read(f"{name}/{_COMPONENTS[name][1]}")
@@ -151,7 +156,7 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
     return value
 
 
-def _read_json(path: Path, folder: Path) -> dict[str, Any]:
+def _read_json(path: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
     name = path.relative_to(folder).as_posix()
     if not path.is_file():
         raise UnsafeCheckpointError(f"{folder} is no whole checkpoint of a VDMPipeline: it has no {name}.")
@@ -161,7 +166,7 @@ def _read_json(path: Path, folder: Path) -> dict[str, Any]:
     return parse_json(path.read_bytes(), name)
 
 
-def _check_inside(path: Path, folder: Path) -> None:
+def _check_inside(path: pathlib.Path, folder: pathlib.Path) -> None:
     real, root = path.resolve(), folder.resolve()
     # in the Hub's cache a snapshot is made of links to the blobs beside it
     blobs = root.parent.parent / "blobs"
@@ -239,7 +244,7 @@ def _check_layers(config: Mapping[str, Any], num_tensors: int) -> None:
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _weights(component: Path, folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+def _weights(component: pathlib.Path, folder: pathlib.Path) -> dict[str, dict[str, tuple[int, ...]]]:
     """The tensors' shapes by variant ("" is none), from the headers of all files of a component."""
     for index in component.glob("*.index*.json"):
         shards = _read_json(index, folder).get("weight_map")
@@ -263,7 +268,7 @@ def _weights(component: Path, folder: Path) -> dict[str, dict[str, tuple[int, ..
     return variants
 
 
-def read_header(path: Path) -> dict[str, tuple[int, ...]]:
+def read_header(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors in a safetensors file, of which only the header is read, or `UnsafeCheckpointError`.
 
     Tensors must have a known dtype, lie in the file one after another without gap or overlap, and fill it.

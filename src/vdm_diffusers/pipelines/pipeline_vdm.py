@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import pathlib
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -157,7 +157,7 @@ class VDMPipeline(DiffusionPipeline):
         if push_to_hub:
             publish_folder(
                 save_directory,
-                repo_id or Path(save_directory).resolve().name,
+                repo_id or pathlib.Path(save_directory).resolve().name,
                 private=private,
                 create_pr=create_pr,
                 commit_message=commit_message,
