@@ -5,6 +5,8 @@ its entries stood on the command line before the real ones: every value is conve
 as a string), an unknown key is refused, and the command line has the last word.
 """
 
+# ruff: noqa: RUF009  (`argument` returns a dataclass field)
+
 from __future__ import annotations
 
 import dataclasses
@@ -238,6 +240,9 @@ class RunArguments:
     hub_token: str | None = argument(None, "Token for the Hub; none: the one that `hf auth login` stored.")
     hub_model_id: str | None = argument(None, "Repository to publish to; none: the name of --output_dir.")
     hub_private_repo: bool = argument(False, "Make the repository private.")
+    hub_license: str = argument(
+        "unknown", "Licence that the model card states, in the Hub's spelling, e.g. apache-2.0."
+    )
 
 
 GROUPS = (DataArguments, ModelArguments, DiffusionArguments, OptimizationArguments, RunArguments)

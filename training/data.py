@@ -6,6 +6,7 @@ likelihood knows about.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +26,16 @@ DIGITS = "scikit-learn digits (8x8, 17 grey levels)"
 DIGITS_SPLITS = {"train": slice(0, 1200), "validation": slice(1200, 1500), "test": slice(1500, 1797)}
 # PIL mode -> (mode to read it in, levels); palettes are looked up, bilevel images keep their two levels.
 _MODES = {
-    "1": ("1", 2), "L": ("L", 256), "LA": ("LA", 256), "RGB": ("RGB", 256), "RGBA": ("RGBA", 256),
-    "CMYK": ("CMYK", 256), "YCbCr": ("YCbCr", 256), "HSV": ("HSV", 256), "P": ("RGB", 256), "PA": ("RGBA", 256),
+    "1": ("1", 2),
+    "L": ("L", 256),
+    "LA": ("LA", 256),
+    "RGB": ("RGB", 256),
+    "RGBA": ("RGBA", 256),
+    "CMYK": ("CMYK", 256),
+    "YCbCr": ("YCbCr", 256),
+    "HSV": ("HSV", 256),
+    "P": ("RGB", 256),
+    "PA": ("RGBA", 256),
     "I;16": ("I;16", 65536),
 }
 
@@ -42,13 +51,14 @@ class ImageSet:
     Attributes:
         images: (N, C, H, W) uint8 or int32, values 0..num_levels-1.
         labels: (N,) int64, or None where the data have no class labels.
-        name: what they are, for people: data set, split, how many.
+        source: the data set. name: what the images are, for people: data set, split, how many.
     """
 
     images: Tensor
     labels: Tensor | None
     num_levels: int
     num_classes: int | None
+    source: str
     name: str
 
     def __len__(self) -> int:
@@ -59,10 +69,23 @@ class ImageSet:
         """Dimensions of one image: C H W."""
         return self.images[0].numel()
 
+    def fingerprint(self) -> str:
+        """A checksum of the pixels: what "the same data" means, whatever they are called."""
+        digest = hashlib.blake2b(repr((tuple(self.images.shape), self.num_levels)).encode(), digest_size=8)
+        digest.update(self.images.numpy())
+        return digest.hexdigest()
+
+    def first(self, count: int) -> ImageSet:
+        """The first `count` images."""
+        if count >= len(self):
+            return self
+        labels = None if self.labels is None else self.labels[:count]
+        return replace(self, images=self.images[:count], labels=labels, name=f"{self.name}, the first {count}")
+
 
 def load_splits(args: DataArguments, seed: int) -> tuple[ImageSet, ImageSet]:
     """The images to train on and those to evaluate on while training; the name of the second says where it is from."""
-    return load_split(args, args.train_split, seed), load_split(args, _evaluation_split(args), seed)
+    return load_split(args, args.train_split, seed), load_split(args, evaluation_split(args), seed)
 
 
 def load_split(args: DataArguments, split: str, seed: int) -> ImageSet:
@@ -78,7 +101,7 @@ def load_split(args: DataArguments, split: str, seed: int) -> ImageSet:
 
     def choose(num_images: int) -> Tensor | None:
         chosen = None
-        if split == HELD_OUT or (split == args.train_split and _evaluation_split(args) == HELD_OUT):
+        if split == HELD_OUT or (split == args.train_split and evaluation_split(args) == HELD_OUT):
             num_held_out = max(1, round(args.eval_fraction * num_images))
             if num_held_out >= num_images:
                 raise DataError(
@@ -112,10 +135,11 @@ def default_test_split(args: DataArguments) -> str:
     if is_digits(args):
         return "test"
     names = list(_open(args))
-    return next((name for name in ("test", "validation", "valid") if name in names), _evaluation_split(args))
+    return next((name for name in ("test", "validation", "valid") if name in names), evaluation_split(args))
 
 
-def _evaluation_split(args: DataArguments) -> str:
+def evaluation_split(args: DataArguments) -> str:
+    """The split that is evaluated while training."""
     if args.eval_split is not None:
         return args.eval_split
     return "validation" if is_digits(args) else HELD_OUT
@@ -140,8 +164,8 @@ def _read_split(
         dataset = dataset.select(chosen.tolist())
     images, num_levels = _decode(_as_images(dataset, image_column), image_column, args, crop_seed)
     labels = None if label_column is None else torch.as_tensor(np.asarray(dataset[label_column][:], dtype=np.int64))
-    name = f"{args.dataset_name or args.train_data_dir}, split {split}"
-    return ImageSet(images, labels, num_levels, num_classes, name)
+    source = args.dataset_name or str(args.train_data_dir)
+    return ImageSet(images, labels, num_levels, num_classes, source, f"{source}, split {split}")
 
 
 def _digits(split: str, choose: Callable[[int], Tensor | None]) -> ImageSet:
@@ -156,7 +180,7 @@ def _digits(split: str, choose: Callable[[int], Tensor | None]) -> ImageSet:
         indices = indices[chosen.numpy()]
     images = torch.from_numpy(digits.images.round().astype(np.uint8)[indices])[:, None]
     return ImageSet(
-        images, torch.from_numpy(digits.target.astype(np.int64)[indices]), 17, 10, f"{DIGITS}, split {split}"
+        images, torch.from_numpy(digits.target.astype(np.int64)[indices]), 17, 10, DIGITS, f"{DIGITS}, split {split}"
     )
 
 

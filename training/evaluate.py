@@ -124,8 +124,7 @@ def evaluate(args: EvaluateArguments, data: DataArguments) -> dict[str, Any]:
     data_seed = record["arguments"]["seed"] if record else 0
     split = args.split or default_test_split(data)
     images = load_split(data, split, data_seed)
-    if args.max_images is not None and args.max_images < len(images):
-        images = images.take(torch.arange(args.max_images), f"{images.name}, the first {args.max_images}")
+    images = images if args.max_images is None else images.first(args.max_images)
     check_fit(pipeline, images)
     print(f"evaluating {args.checkpoint} on {images.name}")
 

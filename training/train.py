@@ -17,6 +17,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -40,13 +41,13 @@ from checkpoints import (
     write_json,
 )
 from config import ARGUMENTS_FILE, Arguments, parse_arguments
-from data import DataError, ImageSet, load_splits
+from data import DataError, ImageSet, evaluation_split, is_digits, load_splits
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.utils import logging as diffusers_logging
 from diffusion import DiffusionTask, Rows, make_scheduler
 from ema import EMA
-from evaluating import bits_per_dim, combined_error, draw_samples
+from evaluating import TERMS, bits_per_dim, combined_error, draw_samples
 from networks import make_network, num_classes_of
 from plots import image_grid
 from randomness import DataOrder, seed_for
@@ -55,12 +56,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vdm_diffusers import VDMPipeline, VDMScheduler
+from vdm_diffusers.hub import (
+    EvaluationData,
+    Measurement,
+    ModelDescription,
+    Provenance,
+    check_hub_access,
+    publish_folder,
+    write_model_card,
+)
 
 EXIT_BAD_INPUT = 2
 EXIT_TERMINATED = 143  # 128 + SIGTERM: what shells and launchers report for a process that ended on this signal
 STATE_FOLDER = "training_state"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FOLDER = "samples"
+SAMPLES_FILE = "samples.png"
 PIPELINE_PARTS = ("model_index.json", "unet", "scheduler")
 NUM_BINS = 16  # of log SNR, for the loss by log SNR
 BYTES_KEPT_ON_DEVICE = 2 << 30  # data sets up to this size live on the accelerator
@@ -127,7 +138,15 @@ def prepare_output_dir(args: Arguments, accelerator: Accelerator) -> Path:
         if occupied and not args.run.resume_from_checkpoint:
             ours = [
                 output_dir / name
-                for name in (*PIPELINE_PARTS, ARGUMENTS_FILE, METRICS_FILE, SAMPLES_FOLDER, args.run.logging_dir)
+                for name in (
+                    *PIPELINE_PARTS,
+                    ARGUMENTS_FILE,
+                    METRICS_FILE,
+                    SAMPLES_FOLDER,
+                    SAMPLES_FILE,
+                    "README.md",
+                    args.run.logging_dir,
+                )
             ]
             for path in [*list_checkpoints(output_dir), *ours]:
                 if path.exists():
@@ -279,11 +298,19 @@ class Training:
             resume_from, passed_over = find_checkpoint(self.output_dir, args.run.resume_from_checkpoint)
             self.warnings += passed_over
 
+        self.repo_id = None
+        if (
+            args.run.push_to_hub and accelerator.is_main_process
+        ):  # a login that is missing is found out now, not in days
+            name = args.run.hub_model_id or self.output_dir.resolve().name
+            # an existing repository keeps its visibility unless a private one was asked for
+            self.repo_id = check_hub_access(name, private=args.run.hub_private_repo or None, token=args.run.hub_token)
+        self.last_evaluation, self.last_samples = None, None
+
         with accelerator.main_process_first():  # the others find what the first has downloaded
             self.train_images, self.eval_images = load_splits(args.data, optimization.seed)
-        if args.run.eval_max_images is not None and args.run.eval_max_images < len(self.eval_images):
-            first = torch.arange(args.run.eval_max_images)
-            self.eval_images = self.eval_images.take(first, f"{self.eval_images.name}, the first {len(first)}")
+        if args.run.eval_max_images is not None:
+            self.eval_images = self.eval_images.first(args.run.eval_max_images)
         self.num_levels = args.data.num_levels or self.train_images.num_levels
         highest = max(int(split.images.max()) for split in (self.train_images, self.eval_images))
         if highest >= self.num_levels:
@@ -301,6 +328,7 @@ class Training:
             options = {"inv_gamma": optimization.ema_inv_gamma, "power": optimization.ema_power}
             self.ema = EMA(self.network, **options, max_decay=optimization.ema_max_decay)
         self.step = self.images_seen = 0
+        self.started = time.perf_counter()  # moved back by what earlier parts of the run took
         if resume_from is not None:
             self._load_weights(resume_from)
         if optimization.compile:
@@ -450,7 +478,12 @@ class Training:
         if run.sample_steps != 0:
             self.draw_samples()
         self.save_pipeline()
+        self.publish()
         accelerator.end_training()
+
+    def seconds(self) -> float:
+        """Time the run has taken, all its parts together."""
+        return time.perf_counter() - self.started
 
     @property
     def epoch(self) -> float:
@@ -504,11 +537,10 @@ class Training:
             num_processes=self.accelerator.num_processes,
         )
         self.network.train()
+        self.last_evaluation = result
         self.log.write(self.step, {f"eval/{name}": value for name, value in result.items()})
         error = combined_error([result["standard_error"], result["sampling_error"]])
-        terms = ", ".join(
-            f"{term} {result[term]:.3f}" for term in ("prior", "diffusion", "reconstruction") if term in result
-        )
+        terms = ", ".join(f"{term} {result[term]:.3f}" for term in TERMS if term in result)
         if self.accelerator.is_local_main_process:
             tqdm.write(f"step {self.step}: held-out bits/dim {result['bits_per_dim']:.3f} +- {error:.3f} ({terms})")
 
@@ -530,6 +562,7 @@ class Training:
             folder = self.output_dir / SAMPLES_FOLDER
             folder.mkdir(exist_ok=True)
             grid.save(folder / f"step-{self.step:07d}.png")
+            self.last_samples = folder / f"step-{self.step:07d}.png"
             self.log.picture(self.step, "samples", grid)
         self.accelerator.wait_for_everyone()
 
@@ -549,7 +582,10 @@ class Training:
                 torch.save(self.optimizer.state_dict(), state / "optimizer.pt")
                 if self.accelerator.scaler is not None:
                     torch.save(self.accelerator.scaler.state_dict(), state / "scaler.pt")
-                write_json(state / "state.json", {"format": 1, "step": self.step, "images_seen": self.images_seen})
+                write_json(
+                    state / "state.json",
+                    {"format": 1, "step": self.step, "images_seen": self.images_seen, "seconds": self.seconds()},
+                )
             prune(self.output_dir, self.args.run.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
 
@@ -569,6 +605,77 @@ class Training:
             self.accelerator.print(f"saved the pipeline in {self.output_dir}")
         self.accelerator.wait_for_everyone()
 
+    def publish(self) -> None:
+        """The model card in --output_dir, and with --push_to_hub the model, its card and its pictures on the Hub."""
+        if self.accelerator.is_main_process:
+            images = {}
+            if self.last_samples is not None:
+                shutil.copyfile(self.last_samples, self.output_dir / SAMPLES_FILE)
+                steps = self.args.diffusion.ddpm_num_inference_steps
+                images[SAMPLES_FILE] = f"Samples, drawn in {steps} steps, not selected."
+            write_model_card(self.output_dir, self.model_description(images))
+            if self.repo_id is not None:
+                run = self.args.run
+                publish_folder(
+                    self.output_dir, self.repo_id, private=run.hub_private_repo or None, token=run.hub_token
+                )
+                self.accelerator.print(f"published {self.repo_id}")
+        self.accelerator.wait_for_everyone()
+
+    def model_description(self, images: dict[str, str]) -> ModelDescription:
+        """What the model card says: what was trained on what, and the last evaluation."""
+        args, seed = self.args, self.args.optimization.seed
+        provenance, schedule = Provenance.of_this_run(seed), self.scheduler.noise_schedule
+        identifier = "sklearn.datasets.load_digits" if is_digits(args.data) else self.train_images.source
+        on_hub = args.data.dataset_name is not None and not Path(args.data.dataset_name).exists()
+        measurements = []
+        if self.last_evaluation is not None:
+            result = self.last_evaluation
+            terms = {term: result.get(term) for term in TERMS}
+            data = EvaluationData(
+                name=self.eval_images.source,
+                identifier=identifier,
+                version=f"blake2b {self.eval_images.fingerprint()}",
+                split=evaluation_split(args.data),
+                num_images=result["num_images"],
+                config=args.data.dataset_config_name,
+            )
+            measurements.append(
+                Measurement(
+                    **{
+                        name: result[name] for name in ("bits_per_dim", "standard_error", "sampling_error", "is_bound")
+                    },
+                    method=f"ELBO in {result['method']} time",
+                    num_steps=args.diffusion.ddpm_num_steps if result["method"] == "discrete" else None,
+                    log_snr_max=schedule.log_snr_max,
+                    log_snr_min=schedule.log_snr_min,
+                    num_model_evaluations=result["num_model_evaluations"],
+                    data=data,
+                    provenance=provenance,
+                    **terms,
+                )
+            )
+        channels, height, width = self.train_images.images.shape[1:]
+        parameters = sum(p.numel() for p in self.network.parameters())
+        return ModelDescription(
+            title=(self.repo_id or self.output_dir.resolve().name).split("/")[-1],
+            summary=f"A variational diffusion model of images of {height}x{width} pixels, {channels} channel(s), {self.num_levels} levels.",
+            license=args.run.hub_license,
+            training=f"Trained on {self.train_images.name}: {self.step} optimiser steps of {self.global_batch} images, loss "
+            f"{args.diffusion.loss}, schedule {args.diffusion.ddpm_beta_schedule}, {parameters / 1e6:.2f}M weights"
+            f"{', averaged' if self.ema else ''}. All arguments: {ARGUMENTS_FILE}.",
+            training_data=[identifier] if on_hub else [],
+            provenance=provenance,
+            duration=f"{self.seconds() / 60:.1f} minutes, evaluations included",
+            measurements=measurements,
+            limitations=[
+                f"It knows the kind of images it was trained on, at {height}x{width} pixels; nothing else was examined."
+            ],
+            location=self.repo_id or str(self.output_dir),
+            images=images,
+            num_inference_steps=args.diffusion.ddpm_num_inference_steps,
+        )
+
     def _write_pipeline(self, folder: Path) -> None:
         self.pipeline().save_pretrained(folder)
         write_json(folder / ARGUMENTS_FILE, self.description())
@@ -577,6 +684,7 @@ class Training:
         state = checkpoint / STATE_FOLDER
         position = json.loads((state / "state.json").read_text(encoding="utf-8"))
         self.step, self.images_seen = position["step"], position["images_seen"]
+        self.started -= position["seconds"]
         try:
             self.network.load_state_dict(load_file(state / "weights.safetensors"))
             if self.ema is not None:
