@@ -54,6 +54,25 @@ def sum_except_batch(x: Tensor) -> Tensor:
     return x.flatten(1).sum(1) if x.ndim > 1 else x
 
 
+def minus_log1p(x: Tensor) -> Tensor:
+    """x - ln(1 + x) for x > -1, without the cancellation at small x, where it is x^2 / 2 - x^3 / 3 + ..."""
+    small = x.abs() < 0.01
+    y = torch.where(small, x, 0.0)
+    series = torch.zeros_like(y)
+    for k in range(9, 1, -1):
+        series = y * ((-1) ** k / k + series)
+    return torch.where(small, y * series, x - torch.log1p(x))
+
+
 def on_host(*tensors: Tensor) -> bool:
     """Whether the values may be looked at for free: on the CPU, and not while torch.compile traces."""
     return not torch.compiler.is_compiling() and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal noise of x's shape, dtype and device, drawn where the generator lives.
+
+    So a generator on the CPU gives the same noise to every device.
+    """
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
