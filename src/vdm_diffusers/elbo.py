@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gaussian import Path, alpha_sigma, variance_divergence
-from .numerics import as_float64, compute_dtype, expand_to, sum_except_batch
+from .numerics import as_float64, compute_dtype, expand_to, minus_log1p, sum_except_batch
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,13 @@ def prior_kl(x: Tensor, log_snr_1: Tensor | float, *, path: Path = "vp") -> Tens
     if path == "ve":
         excess, precision = torch.zeros_like(sigma), 1 / sigma**2
     else:
-        # sigma^2 - 1 from alpha, and ln sigma^2 from log SNR: neither is a difference from a rounded sigma^2
-        variance_less_one = -(alpha**2) if path == "vp" else -alpha * (1 + sigma)
+        # sigma^2 - 1 from alpha: no difference from a rounded sigma^2. Where sigma is small ln sigma^2 comes from log SNR
+        less_one = -(alpha**2) if path == "vp" else -alpha * (1 + sigma)
         scale = 1 if path == "vp" else 2
-        log_variance = scale * F.logsigmoid(-log_snr_1 / scale)
-        excess, precision = variance_less_one - log_variance, torch.ones_like(sigma)
+        near = less_one > -0.5
+        far = less_one - scale * F.logsigmoid(-log_snr_1 / scale)
+        excess = torch.where(near, minus_log1p(torch.where(near, less_one, 0.0)), far)
+        precision = torch.ones_like(sigma)
     x = as_float64(x)
     return 0.5 * sum_except_batch(expand_to(alpha**2 * precision, x) * x**2 + expand_to(excess, x))
 

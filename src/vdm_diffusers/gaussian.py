@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .numerics import as_float64, expand_to, linear_combination, on_host
+from .numerics import as_float64, expand_to, linear_combination, minus_log1p, on_host
 
 Path = Literal["vp", "ve", "flow"]
 
@@ -145,8 +145,7 @@ def variance_divergence(variance_q: Tensor, variance_p: Tensor) -> Tensor:
     """r - 1 - ln r of r = variance_q / variance_p: twice the KL between two normals of equal means, elementwise."""
     excess = (variance_q - variance_p) / variance_p  # r - 1, small where the two variances nearly agree
     near = excess.abs() < 0.5  # further away r - 1 has lost digits of r, and ln r has no cancellation to fear
-    log_ratio = torch.where(near, torch.log1p(torch.where(near, excess, 0.0)), torch.log(variance_q / variance_p))
-    return excess - log_ratio
+    return torch.where(near, minus_log1p(torch.where(near, excess, 0.0)), excess - torch.log(variance_q / variance_p))
 
 
 def _ordered(log_snr_s: Tensor | float, log_snr_t: Tensor | float) -> tuple[Tensor, Tensor]:
