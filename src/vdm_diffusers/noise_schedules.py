@@ -138,7 +138,11 @@ class ShiftedSchedule(NoiseSchedule):
 
     @classmethod
     def for_resolution(cls, base: NoiseSchedule, resolution: int, base_resolution: int = 64) -> ShiftedSchedule:
-        """The shift that gives images of `resolution` the noise that `base_resolution` has after average pooling."""
+        """The shift that gives images of `resolution` the noise that `base_resolution` has after average pooling.
+
+        Raises:
+            ValueError: a resolution that is not positive.
+        """
         if resolution <= 0 or base_resolution <= 0:
             raise ValueError(f"resolutions must be positive, got {resolution} and {base_resolution}.")
         return cls(base, 2 * math.log(base_resolution / resolution))

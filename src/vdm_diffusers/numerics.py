@@ -41,7 +41,10 @@ def expand_to(coefficient: Tensor, like: Tensor, dtype: torch.dtype | None = Non
 
 
 def linear_combination(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """a x + b y for coefficients of shape () or (B,), rounded once to the common dtype of x and y."""
+    """a x + b y for coefficients of shape () or (B,), rounded once to the common dtype of x and y.
+
+    Raises ValueError if x and y, or a coefficient and the two, do not have shapes that go together.
+    """
     if x.shape != y.shape:
         raise ValueError(f"the two tensors must have the same shape, got {tuple(x.shape)} and {tuple(y.shape)}.")
     dtype = compute_dtype(x, y)

@@ -94,6 +94,10 @@ def output_weight(
 
     Float64, of log_snr's shape. `mse` gives 1. At zero terminal SNR the weights of `min_snr` and `truncated_snr` are the
     limits, finite for predictions that are defined there.
+
+    Raises:
+        ValueError: unknown objective or prediction type, a missing elbo_weight, or (on the CPU) a log_snr at which the
+            objective's error cannot be told from the network's output.
     """
     log_snr = as_float64(log_snr)
     if objective == "mse":
