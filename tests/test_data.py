@@ -182,6 +182,8 @@ def test_arrays_of_integers_are_images_too(tmp_path, arguments):
     values = RNG.integers(0, 256, (20, 2, 3, 5))
     features = datasets.Features({"x": datasets.Array3D((2, 3, 5), "uint8")})
     (tmp_path / "set").mkdir()
-    datasets.Dataset.from_dict({"x": values.tolist()}, features=features).to_parquet(tmp_path / "set" / "train.parquet")
+    datasets.Dataset.from_dict({"x": values.tolist()}, features=features).to_parquet(
+        tmp_path / "set" / "train.parquet"
+    )
     args = arguments(str(tmp_path / "set"), image_column="x", eval_split="train")
     np.testing.assert_array_equal(load_split(args, "train", seed=0).images, values)

@@ -16,7 +16,7 @@ gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps adam_beta
 use_ema ema_inv_gamma ema_power ema_max_decay push_to_hub hub_token hub_model_id hub_private_repo logger logging_dir local_rank
 mixed_precision prediction_type ddpm_num_steps ddpm_num_inference_steps ddpm_beta_schedule checkpointing_steps
 checkpoints_total_limit resume_from_checkpoint enable_xformers_memory_efficient_attention preserve_input_precision
-""".split()
+"""
 
 
 def field_names() -> set[str]:
@@ -32,7 +32,7 @@ def refusal(capsys, *argv: str) -> str:
 
 def test_names_are_those_of_train_unconditional():
     ours = field_names()
-    assert set(TRAIN_UNCONDITIONAL) - ours == set(config.REPLACED_ARGUMENTS)
+    assert set(TRAIN_UNCONDITIONAL.split()) - ours == set(config.REPLACED_ARGUMENTS)
     assert not ours & set(config.REPLACED_ARGUMENTS)
 
 
@@ -116,6 +116,7 @@ def test_a_bad_recipe_is_refused_by_its_name(line, complaint, tmp_path, capsys):
         (["--log_snr_max", "-13.3", "--log_snr_min", "5"], "Did you pass gamma?"),
         (["--class_dropout", "0.1"], "needs --class_conditional"),
         (["--beta_schedule", "linear", "--train_time", "discrete"], "--train_time continuous"),
+        (["--beta_schedule", "linear", "--eval_num_samples", "2"], "4 for a table of betas"),
         (["--config", "nowhere.yaml"], "there is no file nowhere.yaml"),
         (["stray"], "'stray' belongs to no argument"),
     ],

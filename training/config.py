@@ -430,6 +430,10 @@ def check_arguments(arguments: Arguments) -> None:
     if values["class_dropout"] and not values["class_conditional"]:
         raise ValueError("--class_dropout needs --class_conditional.")
     table = values["ddpm_beta_schedule"] not in LOG_SNR_SCHEDULES
+    if values["eval_num_samples"] < (4 if table else 2):
+        raise ValueError(
+            f"--eval_num_samples must be at least 2, and 4 for a table of betas, for an error bar; got {values['eval_num_samples']}."
+        )
     if table and values["train_time"] == "discrete" and values["loss"] in ("elbo", "sigmoid", "edm"):
         raise ValueError(
             f"--loss {values['loss']} with a table of betas needs --train_time continuous: the step from x_1 to clean data has "

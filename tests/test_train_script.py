@@ -1,0 +1,362 @@
+"""train.py as a whole: the same run however it is divided, interrupted or damaged."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+import train
+import yaml
+from accelerate.state import AcceleratorState, GradientState
+from checkpoints import list_checkpoints
+from diffusers import UNet2DModel
+from safetensors.torch import load_file
+
+from vdm_diffusers import VDMPipeline, VDMScheduler, VDMUNet2DModel
+
+SCRIPT = Path(train.__file__)
+TINY = {
+    "hidden_channels": 8,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "fourier_exponents": [2, 3],
+    "log_snr_max": 9,
+    "dropout": 0.1,
+    "train_batch_size": 16,
+    "learning_rate": "1e-3",
+    "lr_warmup_steps": 2,
+    "max_train_steps": 12,
+    "checkpointing_steps": 4,
+    "checkpoints_total_limit": 0,
+    "logging_steps": 1,
+    "eval_max_images": 8,
+    "eval_num_samples": 2,
+    "eval_steps": 0,
+    "sample_steps": 0,
+    "ddpm_num_inference_steps": 5,
+    "num_sample_images": 4,
+    "logger": "none",
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(recipe):
+    """Run the script in this process: run(output_dir, option=value, ...) -> exit code."""
+
+    def in_process(output_dir, **options):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        return train.main(command(recipe, output_dir, **options)[2:])
+
+    return in_process
+
+
+def command(recipe, output_dir, **options):
+    given = {"config": recipe, "output_dir": output_dir, **options}
+    return [sys.executable, str(SCRIPT), *(f"--{name}={value}" for name, value in given.items())]
+
+
+def weights(output_dir, part="unet/diffusion_pytorch_model.safetensors"):
+    return load_file(Path(output_dir) / part)
+
+
+def metrics(output_dir, name="loss"):
+    lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
+    return {entry["step"]: entry[name] for entry in map(json.loads, lines) if name in entry}
+
+
+def assert_same_run(output_dir, reference):
+    got, want = weights(output_dir), weights(reference)
+    assert got.keys() == want.keys()
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+    assert metrics(output_dir) == metrics(reference)
+
+
+@pytest.fixture(scope="module")
+def unbroken(run, tmp_path_factory):
+    """A run from beginning to end, with everything on."""
+    output_dir = tmp_path_factory.mktemp("runs") / "unbroken"
+    options = {"eval_steps": 6, "sample_steps": 6, "logger": "tensorboard"}
+    assert run(output_dir, **options) == 0
+    return output_dir
+
+
+def test_a_run_leaves_a_pipeline_checkpoints_curves_and_pictures(unbroken):
+    pipeline = VDMPipeline.from_pretrained(unbroken)
+    assert (pipeline.config.num_levels, pipeline.config.pixel_encoding) == (17, "bin_center")
+    assert isinstance(pipeline.scheduler, VDMScheduler)
+    assert pipeline.scheduler.config.log_snr_max == 9
+    assert [path.name for path in list_checkpoints(unbroken)] == ["checkpoint-4", "checkpoint-8", "checkpoint-12"]
+    assert not list(unbroken.glob(".*"))
+    assert sorted(path.name for path in (unbroken / "samples").iterdir()) == ["step-0000006.png", "step-0000012.png"]
+    assert list((unbroken / "logs").rglob("events.out.tfevents.*"))
+
+    losses = metrics(unbroken)
+    assert list(losses) == list(range(1, 13))
+    rates = metrics(unbroken, "learning_rate")
+    assert [rates[1], rates[2], rates[3]] == pytest.approx([0, 5e-4, 1e-3])  # warm-up, counted in optimiser steps
+    assert rates[12] < 3e-5
+    assert list(metrics(unbroken, "eval/bits_per_dim")) == [6, 12]
+    for term in ("prior", "diffusion", "reconstruction"):
+        assert metrics(unbroken, f"eval/{term}")[12] >= 0
+    total = sum(metrics(unbroken, f"eval/{term}")[12] for term in ("prior", "diffusion", "reconstruction"))
+    assert total == pytest.approx(metrics(unbroken, "eval/bits_per_dim")[12])
+
+    # a checkpoint is a pipeline too, of the averaged weights; the last one's are the published ones
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(weights(unbroken).values(), weights(unbroken / "checkpoint-12").values(), strict=True)
+    )
+    trained = weights(unbroken / "checkpoint-12", "training_state/weights.safetensors")
+    assert any(not torch.equal(trained[name], value) for name, value in weights(unbroken).items())
+    record = json.loads((unbroken / "training_arguments.json").read_text())
+    assert record["arguments"]["learning_rate"] == 1e-3
+    assert record["num_processes"] == 1
+    card = (unbroken / "README.md").read_text()
+    assert f"{metrics(unbroken, 'eval/bits_per_dim')[12]:.4f}" in card
+
+
+def test_evaluation_and_samples_disturb_nothing(unbroken, run, tmp_path):
+    assert run(tmp_path / "plain") == 0
+    assert_same_run(tmp_path / "plain", unbroken)
+
+
+def test_stopped_by_sigterm_then_killed_then_resumed_is_the_unbroken_run(unbroken, run, recipe, tmp_path):
+    output_dir = tmp_path / "interrupted"
+    # the first part would go on for long, were it not stopped
+    slow = "import time, train; step = train.Training.optimizer_step; hold = lambda self: (step(self), time.sleep({}))"
+    start = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); " + slow
+    start += "; train.Training.optimizer_step = hold; sys.exit(train.main(sys.argv[1:]))"
+    arguments = command(recipe, output_dir)[2:]
+
+    def wait_for(process, reached):
+        deadline = time.monotonic() + 120
+        while not reached():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def last_step():
+        path = output_dir / "metrics.jsonl"
+        return max(metrics(output_dir), default=0) if path.exists() and path.read_text().endswith("\n") else 0
+
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    terminated = subprocess.Popen([sys.executable, "-c", start.format(0.3), *arguments], **options)
+    wait_for(terminated, lambda: last_step() >= 1)
+    terminated.send_signal(signal.SIGTERM)
+    said, _ = terminated.communicate(timeout=120)
+    assert terminated.returncode == train.EXIT_TERMINATED == 143, said
+    assert "state saved at step" in said
+    (stopped,) = list_checkpoints(output_dir)
+    assert 1 <= int(stopped.name.split("-")[1]) < 4  # between two checkpoints, in mid-epoch
+
+    arguments += ["--resume_from_checkpoint=latest"]
+    killed = subprocess.Popen([sys.executable, "-c", start.format(0.3), *arguments], **options)
+    wait_for(killed, lambda: last_step() >= 6)
+    killed.kill()
+    killed.communicate()
+    assert max(metrics(output_dir)) > 4  # it had gone beyond the checkpoint that the next part starts from
+    assert list_checkpoints(output_dir)[-1].name in ("checkpoint-4", "checkpoint-8")
+
+    assert run(output_dir, resume_from_checkpoint="latest") == 0
+    assert_same_run(output_dir, unbroken)
+    assert list(metrics(output_dir)) == list(range(1, 13))
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_processes_and_accumulation_are_the_same_run(run, recipe, tmp_path):
+    # Dropout is drawn by each process, so it is off; all else belongs to the global batch. Eight steps of 16 images.
+    options = {"dropout": 0, "max_train_steps": 8, "eval_steps": 8, "checkpointing_steps": 8}
+    assert run(tmp_path / "one", **options) == 0
+    assert run(tmp_path / "accumulated", train_batch_size=8, gradient_accumulation_steps=2, **options) == 0
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    argv = command(recipe, tmp_path / "two", train_batch_size=8, **options)
+    done = subprocess.run(
+        [sys.executable, *launch, *argv[1:]],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "16 images (8 x 2 process(es) x 1 micro-batch(es))" in done.stdout
+    assert json.loads((tmp_path / "two" / "training_arguments.json").read_text())["num_processes"] == 2
+    assert list(metrics(tmp_path / "two", "eval/num_images").values()) == [8]
+    want = weights(tmp_path / "one")
+    # With stratified times each of the 16 bins of log SNR holds exactly one of the 16 images of every step.
+    for name in ("accumulated", "two"):
+        for key, value in weights(tmp_path / name).items():
+            torch.testing.assert_close(value, want[key], rtol=1e-5, atol=2e-6)
+        for step, loss in metrics(tmp_path / name).items():
+            assert loss == pytest.approx(metrics(tmp_path / "one")[step], rel=1e-5)
+    entries = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    for entry in entries[:8]:
+        assert sum(key.startswith("loss_by_log_snr/") for key in entry) == 16
+
+
+def test_an_occupied_output_dir_stops_at_once(unbroken, run, tmp_path, capsys):
+    before = sorted(path.name for path in unbroken.iterdir())
+    assert run(unbroken) == 2
+    assert "--resume_from_checkpoint latest" in capsys.readouterr().err
+    assert sorted(path.name for path in unbroken.iterdir()) == before
+
+    (tmp_path / "mine.txt").write_text("keep")
+    assert run(tmp_path) == 2
+    options = {"max_train_steps": 2, "checkpointing_steps": 1, "overwrite_output_dir": True}
+    assert run(tmp_path, **options) == 0
+    assert run(tmp_path, **options | {"max_train_steps": 1}) == 0
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-1"]
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def test_damage_is_survived(unbroken, run, tmp_path, capsys, monkeypatch):
+    output_dir = tmp_path / "run"
+    save, calls = torch.save, []
+
+    def full_disk(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        return save(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            run(output_dir)
+    assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-4", "checkpoint-8"]
+    assert not list(output_dir.glob(".incomplete*"))
+
+    latest = output_dir / "checkpoint-8" / "training_state" / "weights.safetensors"
+    content = bytearray(latest.read_bytes())
+    content[-1] ^= 1
+    latest.write_bytes(content)
+    capsys.readouterr()
+    assert run(output_dir, resume_from_checkpoint="checkpoint-8") == 2
+    assert "checksum" in capsys.readouterr().err
+    assert run(output_dir, resume_from_checkpoint="latest") == 0
+    said = capsys.readouterr().out
+    assert "passed over" in said
+    assert "resuming from" in said
+    assert "checkpoint-4" in said
+    assert_same_run(output_dir, unbroken)
+
+    assert run(output_dir, resume_from_checkpoint="latest", hidden_channels=12) == 2
+    assert "of another network than the arguments describe" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops(run, tmp_path):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"(?s)not finite in steps .*--learning_rate.*metrics.jsonl|metrics.jsonl.*--learning_rate",
+    ):
+        run(tmp_path / "run", learning_rate=1e30, lr_warmup_steps=0, checkpointing_steps=1)
+    for folder in list_checkpoints(tmp_path / "run"):  # nothing broken was kept
+        assert all(value.isfinite().all() for value in weights(folder, "training_state/weights.safetensors").values())
+
+
+def test_stock_networks_v_prediction_classes_and_colour(run, tmp_path):
+    pictures = tmp_path / "pictures"
+    generator = torch.Generator().manual_seed(0)
+    for kind in ("cats", "dogs"):
+        (pictures / kind).mkdir(parents=True)
+        for index in range(20):
+            pixels = torch.randint(0, 256, (12, 9, 3), generator=generator, dtype=torch.uint8).numpy()
+            PIL.Image.fromarray(pixels).save(pictures / kind / f"{index}.png")
+    sizes = {"block_out_channels": (8, 8), "layers_per_block": 1, "norm_num_groups": 4, "num_class_embeds": 2}
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    UNet2DModel(sample_size=8, in_channels=3, out_channels=3, **sizes, **blocks).save_config(tmp_path / "config")
+    options = {
+        "train_data_dir": pictures,
+        "cache_dir": tmp_path / "cache",
+        "resolution": 8,
+        "random_flip": True,
+        "class_conditional": True,
+        "model_config_name_or_path": tmp_path / "config",
+        "ddpm_beta_schedule": "squaredcos_cap_v2",
+        "prediction_type": "v_prediction",
+        "loss": "min_snr",
+        "pixel_encoding": "endpoint",
+        "mixed_precision": "bf16",
+        "channels_last": True,
+        "train_batch_size": 4,
+        "max_train_steps": 3,
+        "eval_steps": 3,
+        "sample_steps": 3,
+        "eval_fraction": 0.2,
+        "eval_num_samples": 4,
+        "use_ema": False,
+    }
+    assert run(tmp_path / "run", **options) == 0
+    pipeline = VDMPipeline.from_pretrained(tmp_path / "run")
+    assert isinstance(pipeline.unet, UNet2DModel)
+    assert pipeline.unet.dtype == torch.float32
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert pipeline(batch_size=2, class_labels=1, num_inference_steps=3).images[0].size == (8, 8)
+    assert metrics(tmp_path / "run", "eval/num_images") == {3: 8}
+
+    assert run(tmp_path / "other", **options | {"resolution": 16}) == 2  # the network is of 8x8
+
+
+def test_a_vdm_network_with_classes(run, tmp_path):
+    assert (
+        run(
+            tmp_path / "run",
+            class_conditional=True,
+            class_dropout=0.2,
+            max_train_steps=2,
+            eval_steps=2,
+            sample_steps=2,
+        )
+        == 0
+    )
+    network = VDMPipeline.from_pretrained(tmp_path / "run").unet
+    assert isinstance(network, VDMUNet2DModel)
+    assert network.config.num_class_embeds == 10
+
+
+def test_the_hub_is_asked_before_the_first_step_and_given_only_the_model(run, tmp_path, monkeypatch):
+    asked = []
+
+    def no_login(name, **options):
+        asked.append((name, options))
+        raise PermissionError("nobody is logged in")
+
+    monkeypatch.setattr(train, "check_hub_access", no_login)
+    monkeypatch.setattr(train.Training, "optimizer_step", lambda self: pytest.fail("a step was taken"))
+    with pytest.raises(PermissionError):
+        run(tmp_path / "run", push_to_hub=True, hub_model_id="me/model", hub_private_repo=True, hub_token="hf_secret")
+    assert asked == [("me/model", {"private": True, "token": "hf_secret"})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command_line", [["--cpu", "--num_processes", "2"], ["--cpu"]])
+def test_accelerate_launch(command_line, recipe, tmp_path):
+    argv = command(recipe, tmp_path / "run", max_train_steps=1)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *command_line, *argv[1:]]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    if "--num_processes" in command_line:
+        assert done.returncode != 0
+        assert "was asked for several processes and started one" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "run" / "model_index.json").exists()
