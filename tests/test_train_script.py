@@ -1,5 +1,6 @@
 """train.py as a whole: the same run however it is divided, interrupted or damaged."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import yaml
 from accelerate.state import AcceleratorState, GradientState
 from checkpoints import list_checkpoints
 from diffusers import UNet2DModel
+from hub_double import HubDouble
 from safetensors.torch import load_file
 
 from vdm_diffusers import VDMPipeline, VDMScheduler, VDMUNet2DModel
@@ -346,6 +348,62 @@ def test_the_hub_is_asked_before_the_first_step_and_given_only_the_model(run, tm
     with pytest.raises(PermissionError):
         run(tmp_path / "run", push_to_hub=True, hub_model_id="me/model", hub_private_repo=True, hub_token="hf_secret")
     assert asked == [("me/model", {"private": True, "token": "hf_secret"})]
+
+
+def test_what_reaches_the_hub(recipe, tmp_path):
+    output_dir = tmp_path / "run"
+    options = {
+        "max_train_steps": 2,
+        "sample_steps": 2,
+        "eval_steps": 2,
+        "checkpointing_steps": 1,
+        "logger": "tensorboard",
+    }
+    options |= {"push_to_hub": True, "hub_model_id": "someone/digits", "hub_private_repo": True}
+    with HubDouble() as hub:
+        environment = hub.env(tmp_path / "home")
+        argv = command(recipe, output_dir, **options)
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert "published someone/digits" in done.stdout
+        files = hub.files("someone/digits")
+        assert hub.repos["someone/digits"].private
+        created, committed = (hub.requests(f"POST .*{path}") for path in ("repos/create", "/commit/"))
+        assert created[0].target != committed[0].target
+    code = {name for name in files if name.endswith("vdm_diffusers.py")}
+    model = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"}
+    rest = {".gitattributes", "README.md", "samples.png", "model_index.json", "training_arguments.json"}
+    assert set(files) == code | model | rest
+    assert list_checkpoints(output_dir)  # which stayed at home
+
+
+def test_arguments_that_change_on_the_way_are_named(run, tmp_path, capsys):
+    assert run(tmp_path / "run", max_train_steps=2, checkpointing_steps=1) == 0
+    capsys.readouterr()
+    options = {"max_train_steps": 3, "learning_rate": 2e-3, "resume_from_checkpoint": "latest"}
+    assert run(tmp_path / "run", **options) == 0
+    said = capsys.readouterr().out
+    assert "learning_rate 0.001 -> 0.002" in said
+    assert "max_train_steps 2 -> 3" in said
+    assert "checkpointing_steps" not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"mixed_precision": "fp16"}, "on a CPU take bf16"),
+        ({"logger": "wandb"}, "pip install wandb"),
+        ({"num_levels": 9}, "the images hold level 16"),
+        ({"model_config_name_or_path": "CONFIG"}, "is of a AutoencoderKL"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_the_first_step(options, complaint, run, tmp_path, capsys):
+    if "wandb" in options.values() and importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    options = {k: tmp_path / "config.json" if v == "CONFIG" else v for k, v in options.items()}
+    assert run(tmp_path / "run", **options) == 2
+    assert complaint in capsys.readouterr().err
 
 
 @pytest.mark.slow

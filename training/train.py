@@ -14,6 +14,7 @@ Exit codes: 0 done; 2 bad arguments or data; 143 stopped by SIGTERM with its sta
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import ProjectConfiguration, set_seed
 from checkpoints import (
     CheckpointError,
@@ -40,7 +41,7 @@ from checkpoints import (
     prune,
     write_json,
 )
-from config import ARGUMENTS_FILE, Arguments, parse_arguments
+from config import ARGUMENTS_FILE, Arguments, RunArguments, parse_arguments
 from data import DataError, ImageSet, evaluation_split, is_digits, load_splits
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.optimization import get_scheduler
@@ -155,6 +156,18 @@ def prepare_output_dir(args: Arguments, accelerator: Accelerator) -> Path:
     return output_dir
 
 
+def changed_arguments(checkpoint: Path, args: Arguments) -> str | None:
+    """A warning if the run goes on with other arguments that change its course."""
+    before, now = json.loads((checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8"))["arguments"], args.flat()
+    harmless = {field.name for field in dataclasses.fields(RunArguments)} | {"cache_dir", "dataloader_num_workers"}
+    changed = [
+        f"{name} {before[name]} -> {now[name]}"
+        for name in now
+        if name in before and before[name] != now[name] and name not in harmless
+    ]
+    return f"warning: going on with other arguments than before: {', '.join(changed)}" if changed else None
+
+
 def num_train_steps(args: Arguments, num_images: int, global_batch: int) -> int:
     """--max_train_steps, or the optimiser steps that --num_epochs take."""
     if args.optimization.max_train_steps is not None:
@@ -250,6 +263,10 @@ class Log:
         self.accelerator, self.path = accelerator, output_dir / METRICS_FILE
         self.tracking = args.run.logger != "none"
         if self.tracking:
+            if not accelerator.log_with:  # Accelerate drops a tracker that is not installed, and says nothing
+                raise SetupError(
+                    f"--logger {args.run.logger} needs its package: pip install {args.run.logger}, or --logger none."
+                )
             options = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in args.flat().items()}
             accelerator.init_trackers("vdm", config=options)
         if accelerator.is_main_process:  # entries after the checkpoint will be written again
@@ -327,7 +344,8 @@ class Training:
         if optimization.use_ema:
             options = {"inv_gamma": optimization.ema_inv_gamma, "power": optimization.ema_power}
             self.ema = EMA(self.network, **options, max_decay=optimization.ema_max_decay)
-        self.step = self.images_seen = 0
+        self.step = self.images_seen = self.logged_step = 0
+        self.training_seconds = 0.0  # since the last entry of the log
         self.started = time.perf_counter()  # moved back by what earlier parts of the run took
         if resume_from is not None:
             self._load_weights(resume_from)
@@ -372,6 +390,7 @@ class Training:
         if accelerator.is_main_process:
             write_json(self.output_dir / ARGUMENTS_FILE, self.description())
         if resume_from is not None:
+            self.warnings += [changed_arguments(resume_from, args)]
             accelerator.print(f"resuming from {resume_from} at step {self.step}")
 
     def description(self) -> dict[str, Any]:
@@ -435,29 +454,26 @@ class Training:
             disable=not accelerator.is_local_main_process,
             desc="training",
             unit="step",
+            mininterval=0.5,
         )
-        logged_step, logged_time = self.step, time.perf_counter()
-        evaluated = sampled = -1
+        self.logged_step, self.training_seconds = self.step, 0.0
         with bar:
             while self.step < self.num_steps:
+                began = time.perf_counter()
                 self.optimizer_step()
+                self.training_seconds += time.perf_counter() - began
                 bar.update()
                 last = self.step == self.num_steps
                 stopping = not last and self.stop.agreed(self.step)
                 saving = last or stopping or self.step % run.checkpointing_steps == 0
-                if last or saving or self.step % run.logging_steps == 0:
-                    values = self.meter.read(accelerator)
-                    self.check_finite(values, logged_step)
-                    now = time.perf_counter()
-                    rate = (self.step - logged_step) * self.global_batch / (now - logged_time)
-                    values |= {
-                        "learning_rate": self.optimizer.param_groups[0]["lr"],
-                        "images_per_second": rate,
-                        "epoch": self.epoch,
-                    }
-                    self.log.write(self.step, values)
+                if saving or self.step % run.logging_steps == 0:
+                    values = self.record()
                     bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['learning_rate']:.1e}", refresh=False)
-                    logged_step = self.step
+                # before saving: what a kill takes from here, the resumed run does again
+                if run.eval_steps and not (last or stopping) and self.step % run.eval_steps == 0:
+                    self.evaluate()
+                if run.sample_steps and not (last or stopping) and self.step % run.sample_steps == 0:
+                    self.draw_samples()
                 if saving:
                     self.save_checkpoint()
                 if stopping:
@@ -465,14 +481,6 @@ class Training:
                         f"SIGTERM: state saved at step {self.step}; go on with --resume_from_checkpoint latest"
                     )
                     raise Terminated(EXIT_TERMINATED)
-                if run.eval_steps and not last and self.step % run.eval_steps == 0:
-                    self.evaluate()
-                    evaluated = self.step
-                if run.sample_steps and not last and self.step % run.sample_steps == 0:
-                    self.draw_samples()
-                    sampled = self.step
-                if saving or self.step in (evaluated, sampled, logged_step):
-                    logged_time = time.perf_counter()  # the rate is that of training alone
         if run.eval_steps != 0:
             self.evaluate()
         if run.sample_steps != 0:
@@ -480,6 +488,21 @@ class Training:
         self.save_pipeline()
         self.publish()
         accelerator.end_training()
+
+    def record(self) -> dict[str, float]:
+        """Read the meter, make sure that it is finite, and log it; waits for the device."""
+        began = time.perf_counter()
+        values = self.meter.read(self.accelerator)
+        self.training_seconds += time.perf_counter() - began  # the device's backlog is training too
+        self.check_finite(values, self.logged_step)
+        values |= {
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": (self.step - self.logged_step) * self.global_batch / self.training_seconds,
+            "epoch": self.epoch,
+        }
+        self.log.write(self.step, values)
+        self.logged_step, self.training_seconds = self.step, 0.0
+        return values
 
     def seconds(self) -> float:
         """Time the run has taken, all its parts together."""
@@ -705,30 +728,34 @@ def make_accelerator(args: Arguments) -> Accelerator:
     """Accelerate's view of the machine, with the tracker."""
     logger = None if args.run.logger == "none" else args.run.logger
     output_dir = args.run.output_dir
-    return Accelerator(
-        gradient_accumulation_steps=args.optimization.gradient_accumulation_steps,
-        mixed_precision=args.optimization.mixed_precision,
-        log_with=logger,
-        project_config=ProjectConfiguration(
-            project_dir=output_dir, logging_dir=os.path.join(output_dir, args.run.logging_dir)
-        ),
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=timedelta(hours=2))
-        ],  # others wait while one evaluates or downloads
-    )
+    folders = ProjectConfiguration(project_dir=output_dir, logging_dir=os.path.join(output_dir, args.run.logging_dir))
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.optimization.gradient_accumulation_steps,
+            mixed_precision=args.optimization.mixed_precision,
+            log_with=logger,
+            project_config=folders,
+            # the others wait while one downloads data or draws samples
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        )
+    except ValueError as error:  # what this device cannot do
+        raise SetupError(str(error)) from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would train in float32
+        raise SetupError("--mixed_precision fp16 needs a GPU: on a CPU take bf16, or no.")
+    return accelerator
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit code."""
     args = parse_arguments(argv)
     diffusers_logging.set_verbosity_error()
-    accelerator = make_accelerator(args)
     try:
+        accelerator = make_accelerator(args)
         with contextlib.ExitStack() as stack:
             stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
             Training(args, accelerator).train()
     except (SetupError, DataError, CheckpointError) as error:
-        if accelerator.is_local_main_process:
+        if PartialState().is_local_main_process:
             print(f"train.py: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     return 0
