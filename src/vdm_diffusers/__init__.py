@@ -1,6 +1,6 @@
 """Variational diffusion models for Hugging Face Diffusers: exact maths, likelihoods in bits/dim, training.
 
-    from vdm_diffusers import VDMPipeline, VDMScheduler, VDMUNet2DModel
+    from vdm_diffusers import VDMPipeline, VDMScheduler, VDMUNet2DModel, evaluate_likelihood
 
 The exact core (`vdm_diffusers.prediction`, `.gaussian`, `.noise_schedules`, `.elbo`, ...) is pure torch; the classes above are
 Diffusers' own kinds, and importing this package makes them known to Diffusers (`vdm_diffusers.registration`).
@@ -12,13 +12,14 @@ import sys
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 
-from .models import VDMUNet2DModel
+from .evaluation import evaluate_likelihood
+from .models import LearnedNoiseSchedule, VDMUNet2DModel
 from .pipelines import VDMPipeline
 from .registration import register_with_diffusers
 from .schedulers import VDMScheduler
 
 __version__ = "0.1.0"
 
-__all__ = ["VDMPipeline", "VDMScheduler", "VDMUNet2DModel"]
+__all__ = ["LearnedNoiseSchedule", "VDMPipeline", "VDMScheduler", "VDMUNet2DModel", "evaluate_likelihood"]
 
 register_with_diffusers(sys.modules[__name__], ["VDMPipeline", "VDMScheduler", "VDMUNet2DModel"])

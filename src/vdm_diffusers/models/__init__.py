@@ -2,4 +2,5 @@
 
 from vdm_diffusers.models.fourier import FourierFeatures as FourierFeatures
 from vdm_diffusers.models.fourier import FourierFeaturesUNet as FourierFeaturesUNet
+from vdm_diffusers.models.learned_noise_schedule import LearnedNoiseSchedule as LearnedNoiseSchedule
 from vdm_diffusers.models.unet_vdm import VDMUNet2DModel as VDMUNet2DModel
