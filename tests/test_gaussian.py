@@ -106,6 +106,19 @@ def test_posterior_coefficients_at_every_step_and_respaced(name, log_snr):
             assert check_coefficients(clean[1:51], clean[-1:].expand(50), path) < 1e-12
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_posterior_coefficients_of_tiny_and_of_huge_steps(path):
+    for log_snr in (-7.0, 0.25, 11.0):
+        for step in (2**-40, 2**-25, 1e-3, 20.0, 60.0):
+            s, t = (torch.tensor([v], dtype=torch.float64) for v in (log_snr + step, log_snr))
+            assert check_coefficients(s, t, path) < 1e-14 * (1 + step)
+            scale, variance = transition_coefficients(s, t, path=path)
+            (alpha_s, _), (alpha_t, sigma_t) = (reference_alpha_sigma(mp.mpf(float(v)), path) for v in (s, t))
+            assert relative_error(scale, alpha_t / alpha_s) < 1e-14
+            exact = sigma_t**2 * -mp.expm1(mp.mpf(float(t)) - mp.mpf(float(s)))
+            assert relative_error(variance, exact) < 1e-14
+
+
 def test_posterior_of_neighbours_is_that_of_the_exact_betas():
     # the same against the betas themselves (Ho et al. 2020, equations 6 and 7): log SNR adds no error that counts
     betas = make_betas("linear", 1000)

@@ -94,6 +94,7 @@ def test_discretize(T):
     edges = torch.tensor([0.0, 1e-300, below_one], dtype=torch.float64)
     assert discretize(edges, T).tolist() == [1, 1, T]
     assert discretize(torch.tensor([0.0, 1 - 2**-24]), T).tolist() == [1, T]
+    assert discretize(fold(torch.tensor([0.5])), T).tolist() == [T]  # the fold reaches 1 itself
     # a stratified batch of T times visits every step once
     assert sorted(discretize(low_discrepancy(T, shift=0.5 / T), T).tolist()) == list(range(1, T + 1))
 

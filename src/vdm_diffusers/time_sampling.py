@@ -59,8 +59,8 @@ def fold(u: Tensor) -> Tensor:
 
 
 def discretize(u: Tensor, num_steps: int) -> Tensor:
-    """The step index in 1..T of a time in [0, 1): floor(u T) + 1, whose time is t = index / T and s = (index - 1) / T.
+    """The step index in 1..T of a time in [0, 1]: floor(u T) + 1, whose time is t = index / T and s = (index - 1) / T.
 
-    (ceil(u T) would hit t = 0 at u = 0.)
+    u = 1, which `fold` can reach, belongs to the last step. (ceil(u T) would hit t = 0 at u = 0.)
     """
     return ((u * num_steps).floor().long() + 1).clamp(1, num_steps)
