@@ -27,6 +27,7 @@ CORE = [
     "prediction",
     "score",
     "time_sampling",
+    "control_variates",
     "decoders",
     "elbo",
     "elbo_forms",

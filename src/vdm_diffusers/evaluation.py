@@ -57,6 +57,9 @@ def evaluate_likelihood(
     progress_bar: bool = True,
     variance_type: str | None = None,
     clip_denoised: bool = False,
+    variance_reduction: bool = True,
+    target_standard_error: float | None = None,
+    max_model_evaluations: int | None = None,
 ) -> LikelihoodReport:
     r"""Bits/dim of images under a diffusion model, with the error of the estimate.
 
@@ -92,6 +95,10 @@ def evaluate_likelihood(
         progress_bar: show one.
         variance_type: the reverse variance of the discrete chain, instead of the scheduler's.
         clip_denoised: clamp the predicted image to [-1, 1]. That is another model, with a bound of its own.
+        variance_reduction: learn from the first evaluations where further ones are worth most, and use control variates. False:
+            the plain stratified average, in which images do not touch each other.
+        target_standard_error: bits/dim; go on beyond `num_samples` until `standard_error` is at most this.
+        max_model_evaluations: in all; where to stop whether or not the target is reached.
 
     Returns:
         [`LikelihoodReport`]: `bits_per_dim`, `standard_error` (of the estimate, for these images), `sampling_error` (between images),
@@ -155,6 +162,9 @@ def evaluate_likelihood(
             batch_size=batch_size,
             seed=_seed(generator),
             device=device,
+            variance_reduction=variance_reduction,
+            target_standard_error=target_standard_error,
+            max_model_evaluations=max_model_evaluations,
             progress=bar.update,
         )
     report.settings.update(
@@ -168,6 +178,7 @@ def evaluate_likelihood(
         log_snr_max=chain.noise_schedule.log_snr_max,
         log_snr_min=chain.noise_schedule.log_snr_min,
         clip_denoised=clip_denoised,
+        variance_reduction=variance_reduction,
         dtype=str(dtype).removeprefix("torch."),
     )
     return report

@@ -19,25 +19,29 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
 
+from .control_variates import NUM_FEATURES, Surrogate, WienerDenoiser, gauss_legendre, hat_weights
 from .decoders import PixelEncoding, bin_width, discretized_gaussian_log_likelihood, encode_pixels
-from .elbo import prior_kl
+from .elbo import discrete_weight_x, prior_kl
 from .gaussian import diffuse, posterior_coefficients
 from .numerics import as_float64, expand_to, sum_except_batch
 from .prediction import PredictionType, convert, loss_weight_ratio, prediction_target
-from .reverse_variance import ReverseVariance, forward_variance, learned_range_variance
+from .reverse_variance import ReverseVariance, forward_variance, learned_range_variance, posterior_variance
 from .time_sampling import fold
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(z_t (M, C, ...), log_snr (M,) float64 on the CPU, index (M,) of the images) -> the network's output (M, C or 2 C, ...)."""
 
 _GROUPS = 32  # groups of images with shifts of their own: the degrees of freedom of the error bar
+_FITTED = 200_000  # evaluations that control variates are fitted to, at most
+_KNOTS = 32  # of the functions of log SNR that are learned, at most
 _NOISE_BLOCK = 16  # evaluations of one image whose noise comes from one seed
 
 
@@ -190,8 +194,23 @@ class DiffusionTerm(ABC):
     """The diffusion term of a bound, as a sum or an integral over sites."""
 
     @abstractmethod
-    def place(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Points of [0, 1) -> sites (float64, of u's shape) and the inverse of their density."""
+    def place(self, u: Tensor, profile: Profile | None = None) -> tuple[Tensor, Tensor]:
+        """Points of [0, 1) -> sites (float64, of u's shape) and the inverse of their density.
+
+        Without a profile (the standard deviation of the loss that is to be averaged) a fixed density is used.
+        """
+
+    @abstractmethod
+    def scale(self, site: Tensor) -> Tensor:
+        """Nats for a unit of |eps - eps_hat|^2 at a site; 0 where there is no signal. (For learned variances: about.)"""
+
+    @abstractmethod
+    def constant(self, site: Tensor, num_dims: int) -> Tensor:
+        """The part of the integrand that does not depend on the network."""
+
+    @abstractmethod
+    def quadrature(self, knots: Tensor) -> tuple[Tensor, Tensor]:
+        """Sites and weights that sum or integrate smooth functions (piecewise between knots in log SNR) over the term."""
 
     @abstractmethod
     def log_snr(self, site: Tensor) -> Tensor:
@@ -219,9 +238,28 @@ class ContinuousTerm(DiffusionTerm):
                 "With zero terminal SNR take method='discrete'."
             )
 
-    def place(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        width = self.log_snr_max - self.log_snr_min
-        return self.log_snr_max - u * width, torch.full_like(u, width)
+    def place(self, u: Tensor, profile: Profile | None = None) -> tuple[Tensor, Tensor]:
+        edges = torch.linspace(self.log_snr_max, self.log_snr_min, 2 if profile is None else 1025, dtype=torch.float64)
+        width = float(edges[0] - edges[1])
+        mass = torch.ones(len(edges) - 1, dtype=torch.float64)
+        if profile is not None:
+            mass = _mixed(profile.at((edges[1:] + edges[:-1]) / 2), mass)
+        mass = mass / mass.sum()
+        end = mass.cumsum(0)
+        cell = torch.searchsorted(end, u.contiguous(), right=True).clamp(max=len(mass) - 1)
+        inside = ((u - (end - mass)[cell]) / mass[cell]).clamp(0, 1)
+        return edges[cell] - inside * width, width / mass[cell]
+
+    def scale(self, site: Tensor) -> Tensor:
+        return torch.full_like(site, 0.5)
+
+    def constant(self, site: Tensor, num_dims: int) -> Tensor:
+        return torch.zeros_like(site)
+
+    def quadrature(self, knots: Tensor) -> tuple[Tensor, Tensor]:
+        inside = knots[(knots > self.log_snr_min) & (knots < self.log_snr_max)]
+        ends = knots.new_tensor([self.log_snr_min, self.log_snr_max])
+        return gauss_legendre(torch.cat([ends[:1], inside, ends[1:]]))
 
     def log_snr(self, site: Tensor) -> Tensor:
         return site
@@ -251,37 +289,61 @@ class DiscreteTerm(DiffusionTerm):
     def num_steps(self) -> int:
         return len(self.grid) - 1
 
-    @property
-    def probabilities(self) -> Tensor:
-        """(K,) with which a step is chosen: nine parts in proportion to its weight, one part uniform."""
-        weight = torch.expm1((self.grid[:-1] - self.grid[1:]).clamp(max=3.0))
-        return 0.9 * weight / weight.sum() + 0.1 / self.num_steps
+    def probabilities(self, profile: Profile | None = None) -> Tensor:
+        """(K,) with which a step is chosen: in proportion to its weight times the profile, but for one part in ten."""
+        default = _mixed(
+            torch.expm1((self.grid[:-1] - self.grid[1:]).clamp(max=3.0)), torch.ones(self.num_steps).double()
+        )
+        if profile is None:
+            return default
+        steps = torch.arange(1, self.num_steps + 1)
+        weight = self.scale(steps.double()) * profile.at(self.grid[steps])
+        return _mixed(weight, default)
 
-    def place(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        cumulative = self.probabilities.cumsum(0)
-        index = torch.searchsorted(cumulative, u * cumulative[-1], right=True).clamp(max=self.num_steps - 1)
-        return index.double() + 1, 1 / self.probabilities[index]
+    def place(self, u: Tensor, profile: Profile | None = None) -> tuple[Tensor, Tensor]:
+        probabilities = self.probabilities(profile)
+        index = torch.searchsorted(probabilities.cumsum(0), u.contiguous(), right=True).clamp(max=self.num_steps - 1)
+        return index.double() + 1, 1 / probabilities[index]
 
     def log_snr(self, site: Tensor) -> Tensor:
         return self.grid[site.long()]
 
-    def nats(self, site: Tensor, square: Tensor, to_x: Tensor, variance: Tensor | None) -> Tensor:
+    def quadrature(self, knots: Tensor) -> tuple[Tensor, Tensor]:
+        sites = torch.arange(1.0, self.num_steps + 1, dtype=torch.float64)
+        return sites, torch.ones_like(sites)
+
+    def _scale_x(self, site: Tensor) -> Tensor:
+        """Nats for a unit of |x - x_hat|^2."""
         s, t = self.grid[site.long() - 1], self.grid[site.long()]
-        if self.reverse_variance == "posterior":  # 1/2 (SNR_s - SNR_t) |x - x_hat|^2
-            return 0.5 * s.exp() * -torch.expm1(t - s) * to_x * _sum64(square)
-        coefficients = posterior_coefficients(t, s)
-        if self.reverse_variance == "forward":
-            reverse = forward_variance(s, t)
-            excess = (coefficients.variance - reverse) / reverse
-            num_dims = square[0].numel()
-            return 0.5 * (
-                num_dims * (excess - torch.log1p(excess)) + coefficients.x**2 / reverse * to_x * _sum64(square)
-            )
+        if self.reverse_variance in ("posterior", "learned", "learned_range"):  # 1/2 (SNR_s - SNR_t)
+            return discrete_weight_x(s, t)
+        return 0.5 * posterior_coefficients(t, s).x ** 2 / self._variance(site)
+
+    def _variance(self, site: Tensor) -> Tensor:
+        s, t = self.grid[site.long() - 1], self.grid[site.long()]
+        return forward_variance(s, t) if self.reverse_variance == "forward" else posterior_variance(s, t)
+
+    def scale(self, site: Tensor) -> Tensor:
+        t = self.grid[site.long()]
+        return torch.where(t == -math.inf, 0.0, self._scale_x(site) * torch.exp(-t))
+
+    def constant(self, site: Tensor, num_dims: int) -> Tensor:
+        if self.reverse_variance in ("posterior", "learned", "learned_range"):
+            return torch.zeros_like(site)
+        posterior = posterior_variance(self.grid[site.long() - 1], self.grid[site.long()])
+        excess = (posterior - self._variance(site)) / self._variance(site)
+        return 0.5 * num_dims * (excess - torch.log1p(excess))
+
+    def nats(self, site: Tensor, square: Tensor, to_x: Tensor, variance: Tensor | None) -> Tensor:
+        if self.reverse_variance not in ("learned", "learned_range"):
+            return self.constant(site, square[0].numel()) + self._scale_x(site) * to_x * _sum64(square)
         if variance is None:
             raise ValueError("a learned reverse variance needs a network that predicts it.")
-        reverse = _learned_variance(variance, self.reverse_variance, coefficients.variance, forward_variance(s, t))
-        ratio = expand_to(coefficients.variance, reverse) / reverse
-        return 0.5 * _sum64(ratio - 1 - ratio.log() + expand_to(coefficients.x**2 * to_x, reverse) * square / reverse)
+        s, t = self.grid[site.long() - 1], self.grid[site.long()]
+        posterior = posterior_coefficients(t, s)
+        reverse = _learned_variance(variance, self.reverse_variance, posterior.variance, forward_variance(s, t))
+        ratio = expand_to(posterior.variance, reverse) / reverse
+        return 0.5 * _sum64(ratio - 1 - ratio.log() + expand_to(posterior.x**2 * to_x, reverse) * square / reverse)
 
 
 # --- decoders ----------------------------------------------------------------------------------------------------------
@@ -358,6 +420,28 @@ def expected_softmax_nats(log_snr_0: float, num_levels: int, pixel_encoding: Pix
 
 
 @dataclass(frozen=True, eq=False)
+class Profile:
+    """A positive function of log SNR, its logarithm linear between knots: where evaluations are worth most.
+
+    Attributes:
+        knots: (B,) increasing log SNRs. values: (B,).
+        decoder_share: of the evaluations, for a decoder that needs the network.
+    """
+
+    knots: Tensor
+    values: Tensor
+    decoder_share: float = 0.125
+
+    def at(self, log_snr: Tensor) -> Tensor:
+        return torch.exp(hat_weights(self.knots, log_snr) @ self.values.log())
+
+
+def _mixed(weight: Tensor, default: Tensor) -> Tensor:
+    """Nine parts in proportion to `weight`, one part `default`; sums to one. No density falls too low, whatever the pilot said."""
+    return 0.9 * weight / weight.sum() + 0.1 * default / default.sum()
+
+
+@dataclass(frozen=True, eq=False)
 class _Layout:
     """What each of an image's evaluations is for: (n,) its replicate, and whether it belongs to the decoder."""
 
@@ -370,28 +454,30 @@ class _Layout:
         return int(self.replicate[-1]) + 1
 
     @classmethod
-    def of(cls, num_images: int, num_samples: int, term: DiffusionTerm, decoder: Decoder) -> _Layout:
-        own = int(isinstance(decoder, GaussianDecoder))  # evaluations that the decoder needs in each replicate
-        if num_samples < 2 * (1 + own):
+    def of(cls, num_images: int, num_samples: int, term: DiffusionTerm, decoder: Decoder, share: float) -> _Layout:
+        least = _fewest_samples(decoder)
+        if num_samples < 2 * least:
             raise ValueError(
-                f"`num_samples` must be at least {2 * (1 + own)}, got {num_samples}: the error bar comes from two independent "
-                f"estimates{', each with the network at x_1 and at another step' if own else ''}."
+                f"`num_samples` must be at least {2 * least}, got {num_samples}: the error bar comes from two independent "
+                f"estimates{', each with the network at x_1 and at another step' if least > 1 else ''}."
             )
-        whole_sums = isinstance(term, DiscreteTerm) and num_samples >= term.num_steps + own
-        if isinstance(term, DiscreteTerm) and whole_sums:
+        own = least - 1  # evaluations that the decoder needs in each replicate
+        if _whole_sums(term, decoder, num_samples):
             replicates = num_samples // (term.num_steps + own)
             sizes, decoders = [term.num_steps + own] * replicates, [own] * replicates
         else:
             groups = math.ceil(num_images / _group_size(num_images))
-            replicates = max(2, min(8, math.ceil(16 / groups) + 1, num_samples // (2 * (1 + own))))
+            replicates = max(2, min(8, math.ceil(16 / groups) + 1, num_samples // (2 * least)))
             sizes = [num_samples // replicates + (r < num_samples % replicates) for r in range(replicates)]
-            decoders = [max(own, own * (size // 8)) for size in sizes]
+            decoders = [own * max(1, min(size - 1, round(share * size))) for size in sizes]
         replicate = torch.repeat_interleave(torch.arange(replicates), torch.tensor(sizes))
         is_decoder = torch.cat([torch.arange(size) < first for size, first in zip(sizes, decoders, strict=True)])
-        return cls(replicate, is_decoder, whole_sums)
+        return cls(replicate, is_decoder, _whole_sums(term, decoder, num_samples))
 
-    def place(self, num_images: int, term: DiffusionTerm, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Sites (m, n) of a group of images and the inverse of their density; those of the decoder are not used."""
+    def place(
+        self, num_images: int, term: DiffusionTerm, profile: Profile | None, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Sites (m, n) of a group of images and the inverse of their density; 1 and 1 for the decoder's evaluations."""
         sites = torch.ones(num_images, len(self.replicate), dtype=torch.float64)
         inverse_density = torch.ones_like(sites)
         for r in range(self.num_replicates):
@@ -406,8 +492,58 @@ class _Layout:
             shift = torch.rand((), generator=generator, dtype=torch.float64)
             lattice = (order[:, None] + num_images * torch.arange(n)).double()
             u = fold((lattice / (num_images * n) + shift) % 1.0)
-            sites[:, columns], inverse_density[:, columns] = term.place(u)
+            sites[:, columns], inverse_density[:, columns] = term.place(u, profile)
         return sites, inverse_density
+
+
+@dataclass(frozen=True, eq=False)
+class _Round:
+    """Evaluations (N, n) of all images: sites, what the network's answers cost there, and the features of the surrogate."""
+
+    layout: _Layout
+    site: Tensor
+    inverse_density: Tensor
+    log_snr: Tensor
+    nats: Tensor
+    features: Tensor  # (N, n, 4)
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """Everything that stays the same from round to round."""
+
+    model: DenoisingModel
+    levels: Tensor
+    term: DiffusionTerm
+    decoder: Decoder
+    wiener: WienerDenoiser
+    batch_size: int
+    seed: int
+    device: torch.device
+    progress: Callable[[int], None] | None
+    runner: Runner
+    curve: _LossCurve
+
+    @property
+    def groups(self) -> Tensor:
+        """(N,) the group of every image."""
+        return torch.arange(len(self.levels)) // _group_size(len(self.levels))
+
+    @property
+    def num_dims(self) -> int:
+        return self.levels[0].numel()
+
+    def encode(self, rows: Tensor | slice) -> Tensor:
+        return encode_pixels(self.levels[rows], self.model.num_levels, self.model.pixel_encoding)
+
+
+Runner = Callable[[Sequence[tuple[str, Callable[[], Tensor]]]], list[Tensor]]
+"""Runs named pieces of work and returns their results in order. Others than the plain one share the work, or keep the results."""
+
+
+def run_all(work: Sequence[tuple[str, Callable[[], Tensor]]]) -> list[Tensor]:
+    """The plain runner: everything, here and now."""
+    return [compute() for _, compute in work]
 
 
 def evaluate_bound(
@@ -421,20 +557,33 @@ def evaluate_bound(
     batch_size: int = 256,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    variance_reduction: bool = True,
+    target_standard_error: float | None = None,
+    max_model_evaluations: int | None = None,
     progress: Callable[[int], None] | None = None,
+    runner: Runner = run_all,
 ) -> LikelihoodReport:
     """The bound for integer images from `num_samples` evaluations of the network for each, stratified.
+
+    A first round of evaluations (an eighth of them, if there are enough) is placed by a fixed density, and shows where the rest is
+    worth most: at log SNRs in proportion to the standard deviation of what is to be averaged. Control variates
+    (`control_variates`) are fitted to all evaluations, for each half of the images on the other half (cross-fitting), so
+    that the estimate stays unbiased.
 
     Arguments:
         levels: (N, C, ...) integers 0..num_levels-1, on the CPU.
         term: `ContinuousTerm` or `DiscreteTerm`: the diffusion term that is estimated.
-        decoder: `SoftmaxDecoder` (at z_0) or `GaussianDecoder` (at x_1, with an eighth of the evaluations).
+        decoder: `SoftmaxDecoder` (at z_0) or `GaussianDecoder` (at x_1, with a part of the evaluations).
         prior_log_snr: log SNR of z_1.
         num_samples: evaluations of the network for an image. If they suffice for every step of a `DiscreteTerm`, whole sums
             are computed, as many as they allow.
         batch_size: evaluations at a time. The result does not depend on it (but for rounding in the network).
         seed: of the noise and the shifts. Every image has noise of its own, whatever its place in a batch.
+        variance_reduction: use importance sampling and control variates; False leaves the plain stratified average.
+        target_standard_error: bits/dim; go on with further rounds until the estimate's error is at most this.
+        max_model_evaluations: stop before more than these, reached or not. `num_samples` for each image come first.
         progress: called with the number of evaluations done, after every batch.
+        runner: see `Runner`.
     Raises:
         ValueError: no images, too few samples, levels outside the range, a network whose output does not fit.
     """
@@ -445,122 +594,329 @@ def evaluate_bound(
         raise ValueError(
             f"`images` must hold levels in 0..{model.num_levels - 1}, got {low}..{high}. Is `num_levels` right?"
         )
-    layout = _Layout.of(len(levels), num_samples, term, decoder)
-    n, size = len(layout.replicate), _group_size(len(levels))
-    groups = torch.arange(len(levels)).split(size)
-    per_block = max(1, batch_size // (size * n))
-    diffusion, decoded = [], []
-    curve = _LossCurve()
-    squared_errors = 0.0
-    for first in range(0, len(groups), per_block):
-        block = groups[first : first + per_block]
-        placed = [
-            layout.place(len(rows), term, torch.Generator().manual_seed(_mix(seed, "shift", first + i)))
-            for i, rows in enumerate(block)
-        ]
-        rows = torch.cat(block)
-        site, inverse_density = (torch.cat(parts) for parts in zip(*placed, strict=True))
-        nats = _evaluate(model, levels, rows, layout, site, term, decoder, batch_size, seed, device, progress, curve)
-        nats = nats * inverse_density
-        means = torch.stack([_replicate_means(nats, layout, own) for own in (False, True)])  # (2, rows, R)
-        diffusion.append(means[0].mean(1))
-        decoded.append(means[1].mean(1))
-        for part in torch.arange(len(rows)).split([len(group) for group in block]):
-            squared_errors += _squared_error(means[:, part].sum((0, 1)), nats[part], layout)
-    num_dims = levels[0].numel()
+    if target_standard_error is not None and not target_standard_error > 0:
+        raise ValueError(f"`target_standard_error` must be positive, got {target_standard_error}.")
+    count = len(levels)
+    if max_model_evaluations is not None and max_model_evaluations < num_samples * count:
+        raise ValueError(
+            f"`max_model_evaluations` must allow `num_samples` for each image, {num_samples} x {count} = {num_samples * count}, got "
+            f"{max_model_evaluations}."
+        )
+    some = torch.linspace(0, count - 1, min(count, 4096)).round().long()
+    problem = _Problem(
+        model=model,
+        levels=levels,
+        term=term,
+        decoder=decoder,
+        wiener=WienerDenoiser.fit(encode_pixels(levels[some], model.num_levels, model.pixel_encoding)),
+        batch_size=batch_size,
+        seed=seed,
+        device=torch.device(device),
+        progress=progress,
+        runner=runner,
+        curve=_LossCurve(),
+    )
+    rounds: list[_Round] = []
+    profile = None
+    for size in _round_sizes(count, num_samples, term, decoder, variance_reduction):
+        rounds.append(_evaluate(problem, size, profile, len(rounds)))
+        if variance_reduction:
+            profile = _learned_profile(problem, rounds)
+    estimate = _estimate(problem, rounds, variance_reduction)
+    scale = problem.num_dims * math.log(2) * count
+    while target_standard_error is not None and math.sqrt(estimate.variance) / scale > target_standard_error:
+        done = sum(r.nats.shape[1] for r in rounds)
+        # as many as the present error asks for, but no more than there are already: the error is itself an estimate
+        ratio = (math.sqrt(estimate.variance) / scale / target_standard_error) ** 2
+        size = max(2 * _fewest_samples(decoder), math.ceil(done * min(1.0, 1.1 * ratio - 1)))
+        if isinstance(term, DiscreteTerm) and rounds[0].layout.whole_sums:
+            size = math.ceil(size / rounds[0].nats.shape[1]) * rounds[0].nats.shape[1]
+        if max_model_evaluations is not None:
+            size = min(size, max_model_evaluations // count - done)
+            if size < 2 * _fewest_samples(decoder):
+                break
+        rounds.append(_evaluate(problem, size, profile, len(rounds)))
+        if variance_reduction:
+            profile = _learned_profile(problem, rounds)
+        estimate = _estimate(problem, rounds, variance_reduction)
+
     prior = torch.cat(
-        [
-            prior_kl(encode_pixels(part, model.num_levels, model.pixel_encoding), prior_log_snr)
-            for part in levels.split(1024)
-        ]
+        [prior_kl(problem.encode(part), prior_log_snr) for part in torch.arange(count).split(1024)]
     ).double()
+    reconstruction = estimate.decoder
     if isinstance(decoder, SoftmaxDecoder):
         table = expected_softmax_nats(decoder.log_snr_0, model.num_levels, model.pixel_encoding)
         reconstruction = torch.cat([sum_except_batch(table[part.long()]) for part in levels.split(1024)])
-    else:
-        reconstruction = torch.cat(decoded)
-    terms_diffusion = torch.cat(diffusion)
-    nats = prior + terms_diffusion + reconstruction
-    standard_error = math.sqrt(squared_errors) / len(levels)
-    if layout.num_replicates == 1 and len(levels) > 1:  # both are upper limits
-        standard_error = min(standard_error, float(nats.std()) / math.sqrt(len(levels)))
     return LikelihoodReport(
         method="discrete" if isinstance(term, DiscreteTerm) else "continuous",
-        nats=nats,
+        nats=prior + estimate.diffusion + reconstruction,
         prior=prior,
-        diffusion=terms_diffusion,
+        diffusion=estimate.diffusion,
         reconstruction=reconstruction,
-        num_dims=num_dims,
-        standard_error=standard_error / (num_dims * math.log(2)),
+        num_dims=problem.num_dims,
+        standard_error=math.sqrt(estimate.variance) / scale,
         is_bound=True,
-        num_model_evaluations=len(levels) * n,
-        loss_curve=curve.to_dict(num_dims),
+        num_model_evaluations=count * sum(r.nats.shape[1] for r in rounds),
+        loss_curve=problem.curve.to_dict(problem.num_dims),
     )
 
 
-def _evaluate(
-    model: DenoisingModel,
-    levels: Tensor,
-    rows: Tensor,
-    layout: _Layout,
-    site: Tensor,
-    term: DiffusionTerm,
-    decoder: Decoder,
-    batch_size: int,
-    seed: int,
-    device: torch.device | str,
-    progress: Callable[[int], None] | None,
-    curve: _LossCurve,
+def _fewest_samples(decoder: Decoder) -> int:
+    """Evaluations that one replicate needs."""
+    return 2 if isinstance(decoder, GaussianDecoder) else 1
+
+
+def _whole_sums(term: DiffusionTerm, decoder: Decoder, num_samples: int) -> TypeGuard[DiscreteTerm]:
+    return isinstance(term, DiscreteTerm) and num_samples >= term.num_steps + _fewest_samples(decoder) - 1
+
+
+def _round_sizes(count: int, num_samples: int, term: DiffusionTerm, decoder: Decoder, adaptive: bool) -> list[int]:
+    """Evaluations of an image in the pilot and in the main round, or in the only one if there is nothing to learn."""
+    if _whole_sums(term, decoder, num_samples):
+        size = term.num_steps + _fewest_samples(decoder) - 1
+        return [num_samples // size * size]
+    least = 2 * _fewest_samples(decoder)
+    pilot = max(least, num_samples // 8, min(num_samples // 4, math.ceil(512 / count)))
+    if not adaptive or pilot * count < 192 or num_samples - pilot < least:
+        return [num_samples]
+    return [pilot, num_samples - pilot]
+
+
+def _evaluate(problem: _Problem, num_samples: int, profile: Profile | None, number: int) -> _Round:
+    """A round: `num_samples` further evaluations of every image."""
+    count, term = len(problem.levels), problem.term
+    share = 0.125 if profile is None else profile.decoder_share
+    layout = _Layout.of(count, num_samples, term, problem.decoder, share)
+    groups = torch.arange(count).split(_group_size(count))
+    placed = [
+        layout.place(len(rows), term, profile, torch.Generator().manual_seed(_mix(problem.seed, "shift", number, i)))
+        for i, rows in enumerate(groups)
+    ]
+    site, inverse_density = (torch.cat(parts) for parts in zip(*placed, strict=True))
+    log_snr = term.log_snr(site)
+    if isinstance(problem.decoder, GaussianDecoder):
+        log_snr = torch.where(layout.is_decoder, problem.decoder.log_snr_1, log_snr)
+    per_block = max(1, problem.batch_size // num_samples)  # a block is what a runner runs or keeps
+    blocks = torch.arange(count).split(per_block)
+    work = [
+        (f"{number}-{i}", partial(_evaluate_block, problem, layout, rows, site, log_snr, number))
+        for i, rows in enumerate(blocks)
+    ]
+    nats, loss, expected, noise, wiener = torch.cat(problem.runner(work), dim=1)
+    problem.curve.add(log_snr, loss)
+    features = torch.stack([torch.full_like(nats, problem.num_dims), expected, noise, wiener], dim=-1)
+    return _Round(layout, site, inverse_density, log_snr, nats, features)
+
+
+def _evaluate_block(
+    problem: _Problem, layout: _Layout, rows: Tensor, site: Tensor, log_snr: Tensor, number: int
 ) -> Tensor:
-    """The integrand at the sites (m, n) of the images `rows`, the decoder's nats in its columns: (m, n) float64."""
+    """(5, m, n) of the images `rows`: nats, |eps - eps_hat|^2, E[Wiener loss], |eps|^2 - D, Wiener loss - E[Wiener loss]."""
     n = site.shape[1]
-    nats = torch.empty(site.shape, dtype=torch.float64)
-    for flat in torch.arange(site.numel()).split(batch_size):
+    model, decoder, device = problem.model, problem.decoder, problem.device
+    result = torch.empty(5, len(rows), n, dtype=torch.float64)
+    for flat in torch.arange(len(rows) * n).split(problem.batch_size):
         row, column = flat // n, flat % n
         index = rows[row]
-        k = levels[index].to(device)
+        k = problem.levels[index].to(device)
         x = encode_pixels(k, model.num_levels, model.pixel_encoding)
-        noise = _noise(index, column, x.shape[1:], seed).to(device)
-        own = layout.is_decoder[column]
-        at = site[row, column]
-        log_snr = term.log_snr(at)
-        if isinstance(decoder, GaussianDecoder):
-            log_snr = torch.where(own, decoder.log_snr_1, log_snr)
-        z_t = diffuse(x, noise, log_snr)
-        value, variance = model.outputs(z_t, log_snr, index)
-        square, to_x = model.squared_error(value, x, noise, z_t, log_snr)
-        part = term.nats(at, square, to_x, variance)
-        curve.add(log_snr, log_snr.exp() * to_x * _sum64(square))
+        noise = _noise(index, column, x.shape[1:], problem.seed, number).to(device)
+        own, at, ell = layout.is_decoder[column], site[index, column], log_snr[index, column]
+        z_t = diffuse(x, noise, ell)
+        value, variance = model.outputs(z_t, ell, index)
+        square, to_x = model.squared_error(value, x, noise, z_t, ell)
+        nats = problem.term.nats(at, square, to_x, variance)
         if isinstance(decoder, GaussianDecoder) and bool(own.any()):
             mine = own.to(device)
-            part[own] = decoder.nats(
+            nats[own] = decoder.nats(
                 model,
                 k[mine],
-                model.denoised(value[mine], z_t[mine], log_snr[own]),
+                model.denoised(value[mine], z_t[mine], ell[own]),
                 None if variance is None else variance[mine],
             ).to("cpu", torch.float64)
-        nats[row, column] = part
-        if progress is not None:
-            progress(len(flat))
-    return nats
+        directions = problem.wiener.directions(noise)
+        loss, expected = problem.wiener.loss(problem.wiener.deviations(x), directions, ell)
+        excess = _sum64(directions**2) - problem.num_dims
+        result[:, row, column] = torch.stack(
+            [nats, ell.exp() * to_x * _sum64(square), expected, excess, loss - expected]
+        )
+        if problem.progress is not None:
+            problem.progress(len(flat))
+    return result
+
+
+# --- from evaluations to an estimate -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Estimate:
+    diffusion: Tensor  # (N,) nats
+    decoder: Tensor  # (N,) nats; zero if the decoder needs no network
+    variance: float  # of the sum over the images, nats^2
+
+
+def _folds(problem: _Problem, layout: _Layout) -> Tensor:
+    """(N, n) of 0 and 1: surrogates for one are fitted to the other, which has other noise and other shifts."""
+    groups = problem.groups
+    if int(groups[-1]) > 0:
+        fold = (groups % 2)[:, None].expand(-1, len(layout.replicate))
+    elif layout.num_replicates > 1:
+        fold = (layout.replicate % 2).expand(len(groups), -1)
+    else:  # whole sums have no shifts
+        fold = (torch.arange(len(layout.replicate)) % 2).expand(len(groups), -1)
+    return fold
+
+
+def _records(problem: _Problem, rounds: list[_Round], fold: int | None, of_decoder: bool) -> tuple[Tensor, ...]:
+    """Evaluations to fit to, those of a fold or all: log SNR, features, loss, its weight in the estimate."""
+    parts = []
+    for r in rounds:
+        chosen = (r.layout.is_decoder == of_decoder).expand(r.nats.shape)
+        if fold is not None:
+            chosen = chosen & (_folds(problem, r.layout) == fold)
+        if of_decoder:
+            loss, weight = r.nats[chosen], torch.ones_like(r.nats[chosen])
+        else:
+            site = r.site[chosen]
+            scale = problem.term.scale(site)
+            loss = torch.where(
+                scale > 0, (r.nats[chosen] - problem.term.constant(site, problem.num_dims)) / scale, 0.0
+            )
+            weight = scale * r.inverse_density[chosen]
+        parts.append((r.log_snr[chosen], r.features[chosen], loss, weight, chosen.nonzero()[:, 0]))
+    log_snr, features, loss, weight, image = (torch.cat(values) for values in zip(*parts, strict=True))
+    if of_decoder:
+        # one site for all: what an image's evaluations have in common is no business of the controls
+        features = torch.cat([torch.zeros_like(features[:, :2]), features[:, 2:]], dim=1)
+        both = torch.cat([loss[:, None], features], dim=1)
+        sums = torch.zeros(len(problem.levels), both.shape[1], dtype=torch.float64).index_add_(0, image, both)
+        both = both - (sums / image.bincount(minlength=len(sums)).clamp(min=1)[:, None])[image]
+        loss, features = both[:, 0], both[:, 1:]
+    keep = (weight > 0).nonzero()[:, 0]
+    if len(keep) > _FITTED:
+        keep = keep[torch.linspace(0, len(keep) - 1, _FITTED).round().long()]
+    return log_snr[keep], features[keep], loss[keep], weight[keep]
+
+
+def _fit(problem: _Problem, rounds: list[_Round], fold: int | None, of_decoder: bool) -> Surrogate:
+    """The surrogate fitted to one fold; of zeros if there is too little to fit to."""
+    log_snr, features, loss, weight = _records(problem, rounds, fold, of_decoder)
+    if len(loss) < 4 * NUM_FEATURES:
+        return Surrogate(torch.zeros(1, dtype=torch.float64), torch.zeros(1, NUM_FEATURES, dtype=torch.float64))
+    number = 1 if of_decoder else max(1, min(_KNOTS, len(loss) // (6 * NUM_FEATURES)))
+    knots = torch.linspace(float(log_snr.min()), float(log_snr.max()), number, dtype=torch.float64)
+    if number > 1 and not bool((knots.diff() > 0).all()):
+        knots = knots[:1]
+    return Surrogate.fit(knots, log_snr, features, loss, (weight / weight.mean()) ** 2)
+
+
+def _learned_profile(problem: _Problem, rounds: list[_Round]) -> Profile:
+    """The standard deviation of what the surrogate leaves of the loss, against log SNR, and the decoder's part."""
+    surrogates = [_fit(problem, rounds, 1 - fold, of_decoder=False) for fold in (0, 1)]
+    parts = [_records(problem, rounds, fold, of_decoder=False) for fold in (0, 1)]
+    log_snr = torch.cat([part[0] for part in parts])
+    rest = torch.cat([loss - (s.at(ell) * f).sum(-1) for s, (ell, f, loss, _) in zip(surrogates, parts, strict=True)])
+    number = max(2, min(_KNOTS, len(rest) // 32))
+    knots = torch.linspace(float(log_snr.min()), float(log_snr.max()) + 1e-9, number, dtype=torch.float64)
+    hats = hat_weights(knots, log_snr)
+    overall = rest.square().mean()
+    # two evaluations' worth of the overall mean keeps an empty neighbourhood finite
+    values = torch.sqrt((hats.T @ rest.square() + 2e-3 * overall) / (hats.sum(0) + 2e-3)).clamp(min=1e-150)
+    profile = Profile(knots, values)
+    if isinstance(problem.decoder, SoftmaxDecoder):
+        return profile
+    # the best shares are in proportion to the deviations of a single evaluation of either kind
+    decoded = [
+        loss - (_fit(problem, rounds, 1 - fold, of_decoder=True).at(ell) * f).sum(-1)
+        for fold in (0, 1)
+        for ell, f, loss, _ in [_records(problem, rounds, fold, of_decoder=True)]
+    ]
+    sd_decoder = float(torch.cat(decoded).square().mean().sqrt())
+    site, weight = problem.term.quadrature(knots)
+    contribution = weight * problem.term.scale(site) * profile.at(problem.term.log_snr(site))
+    sd_diffusion = float(contribution.sum())
+    return replace(profile, decoder_share=sd_decoder / max(sd_decoder + sd_diffusion, 1e-300))
+
+
+def _estimate(problem: _Problem, rounds: list[_Round], variance_reduction: bool) -> _Estimate:
+    """What all rounds together say of every image, and the variance of their sum."""
+    count, num_dims = len(problem.levels), problem.num_dims
+    zero = Surrogate(torch.zeros(1, dtype=torch.float64), torch.zeros(1, NUM_FEATURES, dtype=torch.float64))
+    surrogates = {
+        (fold, own): _fit(problem, rounds, 1 - fold, own) if variance_reduction else zero
+        for fold in (0, 1)
+        for own in ((False, True) if isinstance(problem.decoder, GaussianDecoder) else (False,))
+    }
+    known = torch.stack([_known_part(problem, surrogates[fold, False]) for fold in (0, 1)])  # (2, N)
+    means, weights = [], []
+    for r in rounds:
+        fold = _folds(problem, r.layout)
+        rest = torch.zeros_like(r.nats)
+        first = torch.zeros_like(r.nats)  # the part of the integrand whose mean or integral is known
+        for (f, own), surrogate in surrogates.items():
+            chosen = (fold == f) & (r.layout.is_decoder == own)
+            coefficients, features = surrogate.at(r.log_snr[chosen]), r.features[chosen]
+            surrogate_loss = (coefficients * features).sum(-1)
+            if own:
+                rest[chosen] = r.nats[chosen] - surrogate_loss  # whose two mean coefficients are zero
+            else:
+                site = r.site[chosen]
+                reference = problem.term.constant(site, num_dims) + problem.term.scale(site) * surrogate_loss
+                rest[chosen] = (r.nats[chosen] - reference) * r.inverse_density[chosen]
+                first[chosen] = known[f][:, None].expand(r.nats.shape)[chosen]
+        total = rest + first
+        means.append(torch.stack([_replicate_means(total, r.layout, own) for own in (False, True)]))  # (2, N, R)
+        spread = _replicate_means(rest.square(), r.layout, False).mean() / int((~r.layout.is_decoder).sum())
+        weights.append(1 / float(spread.clamp(min=1e-300)))
+        if r.layout.num_replicates == 1:
+            collapsed = _collapsed_strata(rest, r.layout)
+    share = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    diffusion, decoder = sum(w * m.mean(2) for w, m in zip(share, means, strict=True))
+    variance = 0.0
+    for w, m, r in zip(share.tolist(), means, rounds, strict=True):
+        if r.layout.num_replicates == 1:
+            variance += w**2 * collapsed
+            continue
+        sums = torch.zeros(int(problem.groups[-1]) + 1, m.shape[2], dtype=torch.float64)
+        sums.index_add_(0, problem.groups, m.sum(0))
+        variance += w**2 * float(sums.var(1).sum()) / m.shape[2]
+    if len(rounds) == 1 and rounds[0].layout.num_replicates == 1 and count > 1:  # both are upper limits
+        variance = min(variance, count * float((diffusion + decoder).var()))
+    return _Estimate(diffusion, decoder, variance)
+
+
+def _known_part(problem: _Problem, surrogate: Surrogate) -> Tensor:
+    """(N,) the sum or integral over all sites of the constant and of the surrogate's expectation."""
+    term = problem.term
+    site, weight = term.quadrature(surrogate.knots)
+    log_snr = term.log_snr(site)
+    scale = weight * term.scale(site)
+    coefficients = surrogate.at(log_snr)
+    total = (weight * term.constant(site, problem.num_dims)).sum() + (
+        scale * coefficients[:, 0]
+    ).sum() * problem.num_dims
+    offset, vector = problem.wiener.expected_sum(log_snr, scale * coefficients[:, 1])
+    parts = torch.arange(len(problem.levels)).split(1024)
+    return (
+        total
+        + offset
+        + torch.cat([problem.wiener.deviations(problem.encode(p).double()) ** 2 @ vector for p in parts])
+    )
 
 
 def _replicate_means(nats: Tensor, layout: _Layout, of_decoder: bool) -> Tensor:
-    """Means over the columns of each replicate: (m, n) -> (m, R); zero where the decoder has no columns."""
+    """Means over the columns of each replicate: (N, n) -> (N, R); zero where the decoder has no columns."""
     chosen = layout.is_decoder == of_decoder
     member = (layout.replicate == torch.arange(layout.num_replicates)[:, None]) & chosen
     return nats @ (member / member.sum(1, keepdim=True).clamp(min=1)).double().T
 
 
-def _squared_error(sums: Tensor, nats: Tensor, layout: _Layout) -> float:
-    """The variance of a group's summed estimate, from its replicates' sums (R,) or from its evaluations (m, n).
+def _collapsed_strata(rest: Tensor, layout: _Layout) -> float:
+    """The variance of the sum over images of whole sums that were computed once, from evaluations (N, n).
 
-    Without a second replicate every step was evaluated once. Then neighbouring steps stand for two draws of the same (the
-    method of collapsed strata), which can only overstate the variance.
+    Neighbouring steps stand for two draws of the same (the method of collapsed strata), which can only overstate the variance.
     """
-    if layout.num_replicates > 1:
-        return float(sums.var() / len(sums))
-    steps = nats / torch.where(layout.is_decoder, 1, (~layout.is_decoder).sum())
+    steps = rest / torch.where(layout.is_decoder, 1, (~layout.is_decoder).sum())
     pairs = steps[:, : steps.shape[1] // 2 * 2].unflatten(1, (-1, 2)).diff(dim=2)
     variance = float(pairs.square().sum())
     if steps.shape[1] % 2:
@@ -575,7 +931,7 @@ class _LossCurve:
         self.bins: dict[int, tuple[float, int]] = {}
 
     def add(self, log_snr: Tensor, squared_error: Tensor) -> None:
-        finite = log_snr.isfinite()
+        finite = log_snr.isfinite() & squared_error.isfinite()
         keys, inverse = (log_snr[finite] * 2).floor().long().unique(return_inverse=True)
         sums = torch.zeros(len(keys), dtype=torch.float64).index_add_(0, inverse, squared_error[finite])
         for key, total, count in zip(
@@ -598,13 +954,13 @@ def _group_size(num_images: int) -> int:
     return min(_GROUPS, math.ceil(num_images / _GROUPS))
 
 
-def _noise(index: Tensor, column: Tensor, shape: torch.Size, seed: int) -> Tensor:
-    """Standard normal noise of the evaluations (image, column), whatever batch they are in: (M, *shape) float32."""
+def _noise(index: Tensor, column: Tensor, shape: torch.Size, seed: int, number: int) -> Tensor:
+    """Standard normal noise of a round's evaluations (image, column), whatever batch they are in: (M, *shape) float32."""
     block, position = column // _NOISE_BLOCK, column % _NOISE_BLOCK
     noise = torch.empty(len(index), *shape)
     keys, inverse = torch.stack([index, block]).unique(dim=1, return_inverse=True)
-    for i, (image, number) in enumerate(keys.T.tolist()):
-        generator = torch.Generator().manual_seed(_mix(seed, "noise", image, number))
+    for i, (image, part) in enumerate(keys.T.tolist()):
+        generator = torch.Generator().manual_seed(_mix(seed, "noise", number, image, part))
         mine = inverse == i
         noise[mine] = torch.randn(_NOISE_BLOCK, *shape, generator=generator)[position[mine]]
     return noise
