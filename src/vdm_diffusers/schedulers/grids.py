@@ -1,7 +1,8 @@
-"""Which timesteps a sampler visits: Diffusers' three spacings in exact integer arithmetic, and their fractional kin."""
+"""Which timesteps a sampler visits: Diffusers' three spacings, with the right number of steps, and their fractional kin."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,29 +10,24 @@ SPACINGS = ("linspace", "leading", "trailing")
 
 
 def integer_timesteps(spacing: str, num_steps: int, num_train_timesteps: int, offset: int = 0) -> Tensor:
-    """Exactly `num_steps` distinct integer timesteps in [0, T - 1], descending: (n,) int64.
+    """Exactly `num_steps` distinct integer timesteps in [0, T - 1], descending: (n,) int64, n <= T.
 
     trailing: round(T i / n) - 1, from T - 1 on. linspace: both ends and equal spacing; one step alone starts at T - 1.
     leading: multiples of T // n plus `offset` (kept below T); where that ratio is 1 and n < T it would start pure noise in
     mid-schedule, and the steps are spread like linspace.
 
-    Source: Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", table 2; rounding is half to even.
+    Source: Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", table 2. In floating point like
+    Diffusers, so that ties are rounded to the same side; what Diffusers gets wrong is the number of steps, which is given here.
     """
     n, last = num_steps, num_train_timesteps - 1
-    i = torch.arange(n - 1, -1, -1)
-    if spacing == "trailing":
-        return _rounded_ratio(num_train_timesteps * (i + 1), n) - 1
     ratio = num_train_timesteps // n
-    if spacing == "leading" and ratio > 1:
-        return i * ratio + min(offset, last - (n - 1) * ratio)
-    return _rounded_ratio(last * i, n - 1) if n > 1 else torch.tensor([last])
-
-
-def _rounded_ratio(numerator: Tensor, denominator: int) -> Tensor:
-    """numerator / denominator to the nearest integer, ties to even, without floating point."""
-    quotient, remainder = numerator // denominator, numerator % denominator
-    up = (2 * remainder > denominator) | ((2 * remainder == denominator) & (quotient % 2 == 1))
-    return quotient + up.long()
+    if spacing == "trailing":
+        grid = np.arange(num_train_timesteps, 0, -num_train_timesteps / n)[:n].round() - 1
+    elif spacing == "leading" and ratio > 1:
+        grid = np.arange(n - 1, -1, -1) * ratio + min(offset, last - (n - 1) * ratio)
+    else:
+        grid = np.linspace(0, last, n).round()[::-1] if n > 1 else np.array([last])
+    return torch.from_numpy(grid.astype(np.int64))
 
 
 def fractional_times(spacing: str, num_steps: int, num_train_timesteps: int, offset: int = 0) -> Tensor:

@@ -32,7 +32,7 @@ from ..noise_schedules import (
 from ..numerics import as_float64, compute_dtype, expand_to, linear_combination, on_host
 from ..prediction import PredictionType, check_prediction_type, conversion_coefficients, convert
 from .grids import SPACINGS, fractional_times, integer_timesteps
-from .updates import factored, multistep_weights, reverse_coefficients
+from .updates import ReverseCoefficients, factored, multistep_weights, reverse_coefficients
 
 LOG_SNR_SCHEDULES = ("log_snr_linear", "log_snr_cosine")
 VARIANCE_TYPES = (
@@ -186,7 +186,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         num_steps = num_train_timesteps if self._table is None else len(self._table)
-        self._use_grid(self._spaced_timesteps(num_steps, "trailing"))
+        self._use_grid(self._as_fed(self._spaced_timesteps(num_steps, "trailing")))
 
     def _check_config(self) -> None:
         config = self.config
@@ -391,7 +391,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
 
     @timesteps.setter
     def timesteps(self, value: Tensor) -> None:
-        self._use_grid(value)
+        self.set_timesteps(timesteps=value, device=value.device)
 
     def set_timesteps(
         self,
@@ -408,8 +408,14 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             timesteps: the timesteps themselves, descending, whole or fractional.
             log_snrs: the log SNRs at which the model is evaluated, ascending.
         Raises:
-            ValueError: not exactly one of the three; values out of order or range; more steps than a beta table has.
+            ValueError: not exactly one of the three; values out of order or range; more steps than a beta table has; a
+                configuration made for the flow path.
         """
+        if self.config.get("use_flow_sigmas") and self.config.prediction_type == "flow_prediction":
+            raise ValueError(
+                "this configuration has use_flow_sigmas=True: its model was trained on the path z = (1 - s) x + s eps, and "
+                "VDMScheduler samples variance-preserving models. Keep the scheduler that the pipeline came with."
+            )
         given = [v is not None for v in (num_inference_steps, timesteps, log_snrs)]
         if sum(given) != 1:
             raise ValueError("Pass exactly one of `num_inference_steps`, `timesteps` and `log_snrs`.")
@@ -421,6 +427,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             grid = _as_float64(timesteps).cpu()
         else:
             grid = self.timestep_from_log_snr(_as_float64(log_snrs).cpu())
+        grid = self._as_fed(grid)
         self._check_grid(grid)
         self.num_inference_steps = len(grid)
         self.custom_timesteps = num_inference_steps is None
@@ -458,23 +465,25 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         table = self.config.log_snr_table
         return -1.0 if table is None else float(self.timestep_from_log_snr(table[0]))
 
-    def _use_grid(self, grid: Tensor, device: str | torch.device | None = None) -> None:
-        """Take `grid` as the timesteps and make every coefficient of their steps, in float64 from log SNR alone.
-
-        Fractional timesteps are float32, what a network is fed; the coefficients belong to the values after that rounding.
-        """
+    def _as_fed(self, grid: Tensor) -> Tensor:
+        """Timesteps as a network is fed them: int64 where all are whole in a beta table, else float32."""
         whole = self._table is not None and bool((grid == grid.round()).all())
-        self._timesteps = grid.to(device=device, dtype=torch.int64 if whole else torch.float32)
-        self._values: list[float] = self._timesteps.tolist()
+        return grid.to(torch.int64 if whole else torch.float32)
+
+    @torch.inference_mode(False)  # what is kept here may be used in training later
+    def _use_grid(self, grid: Tensor, device: str | torch.device | None = None) -> None:
+        """Take `grid`, on the CPU, as the timesteps and make every coefficient of their steps, from log SNR in float64.
+
+        The coefficients belong to the timesteps as the network is fed them, after any rounding to float32.
+        """
+        self._values: list[float] = grid.tolist()
+        self._timesteps = grid.to(device)
         self._index = {value: index for index, value in enumerate(self._values)}
         log_snrs = self.log_snr(self._values)
-        terminal = self._terminal_timestep
-        end = (
-            math.inf if self._table is not None or self.config.final_step == "mean" else float(self.log_snr(terminal))
-        )
-        table = self._step_table(log_snrs, torch.cat([log_snrs[1:], log_snrs.new_tensor([end])]))
+        end = self._log_snr_of_target(torch.tensor([self._terminal_timestep], dtype=torch.float64))
+        table = self._step_table(log_snrs, torch.cat([log_snrs[1:], end]))
         if self.config.multistep_order == 2:
-            table[:, 5] = multistep_weights(log_snrs, end)
+            table[:, 5] = multistep_weights(torch.cat([log_snrs, end]))
         # At clean data the posterior has no variance, and the range of learned ones ends at the last step's before it.
         if len(table) > 1:
             table[-1, 6] = torch.where(table[-1, 6].isfinite(), table[-1, 6], table[-2, 6])
@@ -484,8 +493,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         columns = torch.stack([*x_hat, *mean], dim=1)
         self._rows = [_Row(*row) for row in torch.cat([columns, table[:, 4:]], dim=1).tolist()]
         self._undefined = frozenset((~table[:, :6].isfinite().all(1)).nonzero().flatten().tolist())
-        ends = torch.tensor([terminal, *reversed(self._values)], dtype=torch.float64)
-        self._ascending = ends if device is None or torch.device(device).type == "mps" else ends.to(device)
+        self._ascending = torch.tensor([self._terminal_timestep, *reversed(self._values)], dtype=torch.float64)
 
         config = self.config
         self._clip = config.clip_sample_range if config.clip_sample and not config.thresholding else None
@@ -495,6 +503,13 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
         self._step_index: int | None = None
         self._history: tuple[int, Tensor] | None = None
+
+    def _log_snr_of_target(self, timesteps: Tensor) -> Tensor:
+        """Log SNR at the end of a step; +inf, which makes it end at x_hat, for the last one with final_step="mean"."""
+        log_snr = self.log_snr(timesteps)
+        if self.config.final_step == "mean":
+            log_snr = torch.where(timesteps <= self._terminal_timestep, math.inf, log_snr)
+        return log_snr
 
     def _step_table(self, log_snr_t: Tensor, log_snr_s: Tensor) -> Tensor:
         """(..., 8) coefficients of the steps from t to s, float64; undefined ones are not finite.
@@ -513,22 +528,21 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             mean_z, mean_y = step.z, step.x
         else:
             mean_z, mean_y = step.z + step.x * x_z, step.x * x_output
-        variance = self._fixed_variance(log_snr_t, step.x, step.posterior_variance, step.forward_variance)
+        variance = self._fixed_variance(config.variance_type, log_snr_t, step)
         # the last step to clean data adds no noise, whatever the type
         noise = torch.where(log_snr_s == math.inf, 0.0, config.stochasticity * variance.sqrt())
         low, high = step.posterior_variance.log(), step.forward_variance.log()
         return torch.stack([x_z, x_output, mean_z, mean_y, noise, torch.zeros_like(noise), low, high], dim=-1)
 
-    def _fixed_variance(self, log_snr_t: Tensor, x_coefficient: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def _fixed_variance(self, variance_type: str, log_snr_t: Tensor, step: ReverseCoefficients) -> Tensor:
         """The variance of a reverse step by type; one for learned ones, whose factor the model gives."""
-        variance_type = self.config.variance_type
         if variance_type in ("learned", "learned_range"):
-            return torch.ones_like(low)
+            return torch.ones_like(log_snr_t)
         if variance_type in ("fixed_large", "fixed_large_log"):
-            return high
+            return step.forward_variance
         if variance_type == "optimal":
-            return low + x_coefficient**2 * self._measured_mse(log_snr_t)
-        return low
+            return step.posterior_variance + step.x**2 * self._measured_mse(log_snr_t)
+        return step.posterior_variance
 
     def _measured_mse(self, log_snr: Tensor) -> Tensor:
         """E|x - x_hat|^2 / D at `log_snr`: linear between the entries of `optimal_variance`, constant outside."""
@@ -572,16 +586,21 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         if not isinstance(timestep, Tensor):
             index = self._index.get(timestep)
             if index is None:
-                return max(timestep - 1, -1)
-            return self._values[index + 1] if index + 1 < len(self._values) else -1
-        ends = self._ascending.to(timestep.device)
-        values = timestep.to(ends.dtype)
-        place = torch.searchsorted(ends[1:], values.contiguous())
-        on_grid = ends[1:][place.clamp(max=len(ends) - 2)] == values
-        outside = (values - 1).clamp(min=-1)
-        if self._table is not None:  # nothing lies between x_1 and clean data
-            outside = torch.where(outside < 0, -1.0, outside)
-        return torch.where(on_grid, ends[place.clamp(max=len(ends) - 2)], outside).to(timestep.dtype)
+                return -1 if timestep < (0 if self._table is None else 1) else timestep - 1
+            return self._values[index + 1] if index + 1 < len(self._values) else self._terminal_timestep
+        values, place, on_grid = self._locate(timestep)
+        below = values - 1
+        below = torch.where(
+            below < (-1 if self._table is None else 0), -1.0, below
+        )  # nothing is between x_1 and clean data
+        return torch.where(on_grid, self._ascending.to(values)[place], below).to(timestep.dtype)
+
+    def _locate(self, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`timestep` as floats, its place in the ascending grid, and whether it is there; all on its device, nothing read."""
+        values = as_float64(timestep).contiguous()
+        grid = self._ascending[1:].to(values)
+        place = torch.searchsorted(grid, values).clamp(max=len(grid) - 1)
+        return values, place, grid[place] == values
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
@@ -642,6 +661,11 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         row = self._off_grid_row(timestep) if index is None else self._rows[index]
         if index in self._undefined:
             self._raise_undefined(index)
+        shape, dtype = output.shape, output.dtype  # of the noise, drawn as Diffusers draws it
+        narrow = sample.dtype.itemsize == 2 and sample.device.type == "cpu"
+        if narrow:  # sums of half-precision tensors round their coefficient too on the CPU, unlike on a GPU
+            narrow_dtype = torch.promote_types(sample.dtype, dtype)
+            sample, output = sample.float(), output.float()
         x_hat = _combine(sample, output, row.x_swap, row.x_ratio, row.x_scale)
         if self._limited:
             x_hat = self._limit(x_hat)
@@ -650,18 +674,19 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             second = x_hat
             if row.multistep and self._history is not None and index is not None and self._history[0] == index - 1:
                 second = torch.lerp(self._history[1], x_hat, 1 + row.multistep)
-        mean = _combine(sample, second, row.mean_swap, row.mean_ratio, row.mean_scale)
+        prev_sample = _combine(sample, second, row.mean_swap, row.mean_ratio, row.mean_scale)
         if index is not None:
             self._step_index = index + 1
             if self.config.multistep_order == 2:
                 self._history = (index, x_hat)
-        if row.noise == 0:
-            return mean, x_hat
-        noise = randn_tensor(output.shape, generator=generator, device=output.device, dtype=output.dtype)
-        if predicted_variance is None:
-            return mean.add_(noise, alpha=row.noise), x_hat
-        deviation = self._learned_deviation(predicted_variance, row.log_variance_low, row.log_variance_high)
-        return mean.add_((deviation * noise).to(mean.dtype), alpha=row.noise), x_hat
+        if row.noise:
+            noise = randn_tensor(shape, generator=generator, device=output.device, dtype=dtype)
+            if predicted_variance is not None:
+                noise = noise * self._learned_deviation(
+                    predicted_variance, row.log_variance_low, row.log_variance_high
+                )
+            prev_sample.add_(noise, alpha=row.noise)
+        return (prev_sample.to(narrow_dtype), x_hat.to(narrow_dtype)) if narrow else (prev_sample, x_hat)
 
     def _step_tensor(
         self,
@@ -700,20 +725,17 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
 
     def _coefficients_at(self, timestep: Tensor, sample: Tensor) -> Tensor:
         """Rows of coefficients for `timestep` of shape () or (B,), on the sample's device: (..., 8)."""
-        ends = self._ascending.to(timestep.device)
-        values = timestep.to(ends.dtype).contiguous()
-        place = torch.searchsorted(ends[1:], values).clamp(max=len(ends) - 2)
+        values, place, on_grid = self._locate(timestep)
+        index = len(self._values) - 1 - place
         if on_host(timestep):
-            on_grid = ends[1:][place] == values
-            if not bool(on_grid.all()):
-                self._refuse_off_grid(values[~on_grid])
-                table = self._step_table(self.log_snr(values), self.log_snr(self.previous_timestep(values)))
-                return self._checked(table).to(sample.device)
-            return self._checked(self._coefficients[len(self._values) - 1 - place]).to(sample.device)
+            if bool(on_grid.all()):
+                return self._checked(self._coefficients[index])
+            self._refuse_off_grid(values[~on_grid])
+            return self._checked(self._off_grid_table(values))
         table = self._device_coefficients
         if sample.dtype == torch.float64 or table.device != sample.device:
             table = self._coefficients.to(device=sample.device, dtype=compute_dtype(sample))
-        return table[len(self._values) - 1 - place.to(sample.device)]
+        return table[index.to(sample.device)]
 
     def _checked(self, table: Tensor) -> Tensor:
         if not bool(table[..., :6].isfinite().all()):
@@ -736,25 +758,24 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
     def _index_of_device_tensor(self, timestep: Tensor) -> int | None:
         grid = self._timesteps
         if timestep.dtype == grid.dtype and timestep.device == grid.device:
-            # an element of `timesteps`, or of a slice of it, shares its memory: the address says which
-            index, inside = divmod(timestep.data_ptr() - grid.data_ptr(), grid.element_size())
-            if 0 <= index < len(self._values) and inside == 0:
+            # an element of `timesteps`, or of a slice of it, shares its memory: its offset says which it is
+            index = int(timestep.storage_offset()) - int(grid.storage_offset())
+            if timestep.untyped_storage().data_ptr() == grid.untyped_storage().data_ptr():
                 return index
-        if self._step_index is not None:
-            index = self._step_index
-        elif self._begin_index is not None:
-            index = self._begin_index
-        else:  # once for each grid: a tensor from elsewhere, and nothing was said about where sampling begins
-            index = self._index_of(timestep.cpu())
-        if index is not None and index >= len(self._values):
+        counted = self._begin_index if self._step_index is None else self._step_index
+        if (
+            counted is None
+        ):  # once for each grid: a tensor from elsewhere, and nothing was said about where sampling begins
+            return self._index_of(timestep.cpu())
+        if counted >= len(self._values):
             raise ValueError(
                 f"all {len(self._values)} steps are taken: call `set_timesteps` (or `set_begin_index`) before the next sample."
             )
-        return index
+        return counted
 
     def _refuse_off_grid(self, timestep: Tensor) -> None:
         self.log_snr(timestep)  # names the range if that is what is wrong
-        if self.num_inference_steps is not None or bool((timestep < 0).any()):
+        if self.num_inference_steps is not None or bool((timestep <= self._terminal_timestep).any()):
             raise ValueError(
                 f"timestep {timestep.flatten().tolist()} is not one of the {len(self._values)} of `set_timesteps`: pass one of "
                 "`scheduler.timesteps`, or choose your own with `set_timesteps(timesteps=...)`."
@@ -762,9 +783,13 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
 
     def _off_grid_row(self, timestep: Tensor | float) -> _Row:
         """A fractional timestep of the training chain, to the one before it."""
-        timestep = as_float64(timestep).reshape(())
-        c = self._checked(self._step_table(self.log_snr(timestep), self.log_snr(self.previous_timestep(timestep))))
+        c = self._checked(self._off_grid_table(as_float64(timestep).reshape(())))
         return _Row(*[float(v) for v in (*factored(c[0], c[1]), *factored(c[2], c[3]), *c[4:])])
+
+    def _off_grid_table(self, timestep: Tensor) -> Tensor:
+        return self._step_table(
+            self.log_snr(timestep), self._log_snr_of_target(_as_float64(self.previous_timestep(timestep)))
+        )
 
     def _raise_undefined(self, index: int | None) -> None:
         where = "" if index is None else f" at timestep {self._values[index]:g}"
@@ -801,9 +826,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
 
     def _limit(self, x_hat: Tensor) -> Tensor:
         if self._clip is not None:
-            return (
-                x_hat.clamp_(-self._clip, self._clip) if x_hat._base is None else x_hat.clamp(-self._clip, self._clip)
-            )
+            return x_hat.clamp_(-self._clip, self._clip)
         return self._threshold_sample(x_hat)
 
     def _threshold_sample(self, sample: Tensor) -> Tensor:
@@ -834,19 +857,17 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         self, t: int, predicted_variance: Tensor | None = None, variance_type: str | None = None
     ) -> Tensor:
         """The variance (never its root or logarithm) of the noise of the step at timestep t, for pipelines that ask for it."""
-        table = self._coefficients_at(as_float64(t), torch.empty(0, dtype=torch.float64))
-        low, high = table[..., 6], table[..., 7]
+        timestep = as_float64(t).cpu()
+        log_snr = self.log_snr(timestep)
+        step = reverse_coefficients(log_snr, self.log_snr(self.previous_timestep(timestep)))
         variance_type = variance_type or self.config.variance_type
-        if variance_type == "learned" and predicted_variance is not None:
+        if predicted_variance is not None and variance_type == "learned":
             return predicted_variance.exp()
-        if variance_type == "learned_range" and predicted_variance is not None:
-            return torch.exp(low + (predicted_variance + 1) / 2 * (high - low))
-        if variance_type in ("fixed_large", "fixed_large_log"):
-            return high.exp()
-        if variance_type == "optimal":
-            return table[..., 4] ** 2
-        last = self._table is not None and self.previous_timestep(float(t)) == -1
-        return torch.zeros_like(low) if last else low.exp()
+        if predicted_variance is not None and variance_type == "learned_range":
+            index = self._index_of(timestep)
+            low = step.posterior_variance.log() if index is None else self._rows[index].log_variance_low
+            return torch.exp(low + (predicted_variance + 1) / 2 * (step.forward_variance.log() - low))
+        return self._fixed_variance(variance_type, log_snr, step)
 
     # --- the exact maths as methods -----------------------------------------------------------------------------------
 
@@ -903,10 +924,15 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             self._check_timesteps(timesteps)
         key = (timesteps.device, compute_dtype(like))
         if key not in self._marginals:
-            clean = self._table.new_tensor([math.inf])  # at the end, where index -1 finds it
-            self._marginals[key] = torch.stack(alpha_sigma(torch.cat([self._table, clean]))).to(*key)
+            self._marginals[key] = self._marginal_table(self._table, *key)
         alpha, sigma = self._marginals[key]
         return alpha[timesteps], sigma[timesteps]
+
+    @staticmethod
+    @torch.inference_mode(False)  # made while sampling, it may be used in training later
+    def _marginal_table(log_snrs: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """(2, T + 1) alpha and sigma of a beta table; clean data stands at the end, where index -1 finds it."""
+        return torch.stack(alpha_sigma(torch.cat([log_snrs, log_snrs.new_tensor([math.inf])]))).to(device, dtype)
 
 
 def _as_float64(value: Tensor | Sequence[float] | float | None) -> Tensor:

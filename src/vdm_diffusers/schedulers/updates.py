@@ -46,19 +46,20 @@ def reverse_coefficients(log_snr_t: Tensor, log_snr_s: Tensor, stochasticity: fl
     )
 
 
-def multistep_weights(log_snrs: Tensor, terminal: float) -> Tensor:
+def multistep_weights(log_snrs: Tensor) -> Tensor:
     """k_i of the second-order multistep update on a grid: x_hat is replaced by x_hat_i + k_i (x_hat_i - x_hat_{i-1}).
 
     x_hat as a function of lambda = log_snr / 2 is extrapolated linearly from the last two evaluations to the middle of the
     step: k_i = h_i / (2 h_{i-1}), h_i the step in lambda. Zero for the first step and next to infinite ones.
 
     Arguments:
-        log_snrs: (n,) ascending log SNRs of the grid. terminal: where the last step ends.
+        log_snrs: (n + 1,) ascending log SNRs of the grid and of the end of its last step.
+    Returns:
+        (n,) float64.
     Source: Lu et al. 2022, "DPM-Solver++", algorithm 2 (2M); with noise, its SDE variant in appendix.
     """
-    h = torch.cat([log_snrs, log_snrs.new_tensor([terminal])]).diff()
-    k = torch.zeros_like(log_snrs)
-    k[1:] = h[1:] / (2 * h[:-1])
+    h = log_snrs.diff()
+    k = torch.cat([torch.zeros_like(h[:1]), h[1:] / (2 * h[:-1])])
     return torch.where(k.isfinite(), k, 0.0)
 
 
