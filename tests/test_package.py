@@ -27,6 +27,7 @@ CORE = [
     "prediction",
     "score",
     "time_sampling",
+    "adaptive_time_sampling",
     "control_variates",
     "decoders",
     "elbo",
