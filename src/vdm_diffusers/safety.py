@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import sys
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -27,6 +28,7 @@ MAX_JSON_DEPTH = 16
 MAX_HEADER_BYTES = 16 * 2**20
 MAX_TIMESTEPS = 10**6
 MAX_SAMPLE_SIZE = 2**14
+MAX_LAYERS = 4096
 MAX_INTEGER = 2**24  # of any other entry of a config
 
 _COMPONENTS = {"unet": (ModelMixin, "config.json"), "scheduler": (SchedulerMixin, "scheduler_config.json")}
@@ -50,15 +52,17 @@ def check_checkpoint(
     """
     folder = pathlib.Path(folder)
     index = _read_json(folder / "model_index.json", folder)
+    _check_config("pipeline", index)
     for name, (library, class_name) in _components(index, passed).items():
         config = _read_json(folder / name / _COMPONENTS[name][1], folder)
         if trust_remote_code and (folder / name / f"{library}.py").is_file():
             continue
         component = _component_class(name, library, class_name)
         _check_config(name, config)
-        if name == "unet":
-            variants = _weights(folder / name, folder)
-            for tensors in variants.values():
+        if name == "scheduler":
+            _build(component, config)
+        else:
+            for tensors in _weights(folder / name, folder).values():
                 _check_shapes(component, config, tensors)
 
 
@@ -97,27 +101,31 @@ def check_repository(
         local = hf_hub_download(repo_id, path, revision=info.sha, token=token, cache_dir=cache_dir)
         return parse_json(pathlib.Path(local).read_bytes(), path)
 
-    for name, (library, class_name) in _components(read("model_index.json"), passed).items():
+    index = read("model_index.json")
+    _check_config("pipeline", index)
+    for name, (library, class_name) in _components(index, passed).items():
         config = read(f"{name}/{_COMPONENTS[name][1]}")
         if trust_remote_code and f"{name}/{library}.py" in sizes:
             continue
         component = _component_class(name, library, class_name)
         _check_config(name, config)
+        if name == "scheduler":
+            _build(component, config)
+            continue
         weights = {
             path: size for path, size in sizes.items() if path.startswith(f"{name}/") and path.endswith(".safetensors")
         }
-        if name == "unet" and not weights:
+        if not weights:
             raise UnsafeCheckpointError(
                 f"{repo_id} has no weights as safetensors in {name}/: pickled ones are not loaded."
             )
-        if name == "unet":
-            _check_layers(config, max(weights.values()) // 4)  # a tensor has at least one element
-            needed = sum(math.prod(shape) for shape in _expected_shapes(component, config).values())
-            for path, size in weights.items():
-                if size > 8 * needed + MAX_HEADER_BYTES:
-                    raise UnsafeCheckpointError(
-                        f"{path} of {repo_id} has {size} bytes, the model that its config describes has {needed} weights."
-                    )
+        _check_layers(config, max(weights.values()) // 4)  # a tensor takes four bytes of the file at the very least
+        needed = sum(math.prod(shape) for shape in _expected_shapes(component, config).values())
+        for path, size in weights.items():
+            if size > 8 * needed + MAX_HEADER_BYTES:
+                raise UnsafeCheckpointError(
+                    f"{path} of {repo_id} has {size} bytes, the model that its config describes has {needed} weights."
+                )
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------
@@ -235,9 +243,11 @@ def _check_layers(config: Mapping[str, Any], num_tensors: int) -> None:
     blocks = max(
         (len(v) for _, v in _entries(config) if isinstance(v, list) and all(isinstance(e, str) for e in v)), default=1
     )
-    if layers * max(1, blocks) > num_tensors:
+    limit = min(num_tensors, MAX_LAYERS)
+    if layers * max(1, blocks) > limit:
         raise UnsafeCheckpointError(
-            f"the unet's config describes {layers * max(1, blocks)} layers or more, the weights have {num_tensors} tensors at most."
+            f"the unet's config describes {layers * max(1, blocks)} layers or more; its weights have room for {num_tensors} tensors, "
+            f"and at most {MAX_LAYERS} layers are accepted."
         )
 
 
@@ -317,12 +327,26 @@ def read_header(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _expected_shapes(component: type, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _build(component: type, config: Mapping[str, Any]) -> Any:
     try:
-        with torch.device("meta"):  # shapes without memory
-            model = component.from_config(dict(config))  # type: ignore[attr-defined]
-    except (TypeError, ValueError, RuntimeError, KeyError, ZeroDivisionError, NotImplementedError) as error:
-        raise UnsafeCheckpointError(f"no {component.__name__} can be built from the unet's config: {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it will be built again for use, and may warn then
+            return component.from_config(dict(config))  # type: ignore[attr-defined]
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise UnsafeCheckpointError(f"no {component.__name__} can be built from its config: {error}") from error
+
+
+def _expected_shapes(component: type, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):  # shapes without memory
+        model = _build(component, config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
