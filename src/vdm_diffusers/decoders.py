@@ -6,10 +6,12 @@ Images are integers k = 0..L-1 (L = 256 for 8 bits). Two encodings put them into
     bin_center    2 (k + 1/2) / L - 1    2 / L         VDM
     endpoint      2 k / (L - 1) - 1      2 / (L - 1)   Diffusers, DDPM (k / 127.5 - 1 for 8 bits)
 
-Two decoders give p(k | z), factorised over the dimensions:
+Two decoders of diffusion models give p(k | z), factorised over the dimensions:
 
     VDM    p(k | z_0) proportional to N(z_0 / alpha_0; x_k, sigma_0^2 / alpha_0^2): a softmax over the L levels
     DDPM   p(k | x_1) = the mass of N(mean, variance) in bin k, the two outer bins open
+
+and two more serve variational autoencoders: the mass of a logistic distribution in bin k, and Bernoulli's for two levels.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import math
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -165,6 +168,59 @@ def discretized_gaussian_log_likelihood(
     upper = torch.where(levels == num_levels - 1, math.inf, (center + half) / deviation)
     lower = torch.where(levels == 0, -math.inf, (center - half) / deviation)
     return sum_except_batch(log_normal_mass(lower, upper))
+
+
+def discretized_logistic_log_likelihood(
+    levels: Tensor,
+    mean: Tensor,
+    scale: Tensor | float,
+    *,
+    num_levels: int = 256,
+    pixel_encoding: PixelEncoding = "bin_center",
+) -> Tensor:
+    """ln of the mass that a logistic distribution has in the bins of the integers, the outer bins open.
+
+    ln p(k | mean, scale) = sum over dimensions of ln [S((x_k + h - mean) / scale) - S((x_k - h - mean) / scale)], S the logistic
+    function, h half a bin width, with -inf and +inf for the outer edges. Computed as ln S(u) + ln S(-l) + ln(1 - e^(l - u)),
+    in which nothing cancels.
+
+    Arguments:
+        levels: (B, ...) integers. mean: (B, ...).
+        scale: a number, (B,), or of the data's shape; positive. The standard deviation is pi / sqrt(3) times it.
+    Returns:
+        (B,) nats.
+    Raises:
+        ValueError: levels outside 0..num_levels-1, a scale that is not positive (both: on the CPU), shapes that differ.
+    Source: Kingma et al. 2016, "Inverse autoregressive flow", appendix; Salimans et al. 2017, "PixelCNN++", equation 2.
+    """
+    check_levels(levels, num_levels, mean)
+    dtype = _accurate_dtype(mean)
+    levels = levels.to(mean.device).long()
+    scale = as_float64(scale)
+    if on_host(scale) and not bool((scale > 0).all()):
+        raise ValueError(f"`scale` must be positive, got {float(scale.min())}: a discrete decoder needs a density.")
+    scale = expand_to(scale, mean, dtype)
+    center = level_values(num_levels, pixel_encoding).to(device=mean.device, dtype=dtype)[levels] - mean.to(dtype)
+    half = bin_width(num_levels, pixel_encoding) / 2
+    upper = torch.where(levels == num_levels - 1, math.inf, (center + half) / scale)
+    lower = torch.where(levels == 0, -math.inf, (center - half) / scale)
+    # the distance of the edges is the bin's width exactly; a difference of the two would not be
+    inside = (levels > 0) & (levels < num_levels - 1)
+    log_width = torch.where(inside, torch.log(-torch.expm1(-2 * half / scale)), 0.0)
+    return sum_except_batch(F.logsigmoid(upper) + F.logsigmoid(-lower) + log_width)
+
+
+def bernoulli_log_likelihood(levels: Tensor, logits: Tensor) -> Tensor:
+    """ln p(k | logits) of binary data, k in {0, 1}, p(k = 1) = sigmoid(logit): sum over dimensions, (B,) nats.
+
+    Arguments:
+        levels: (B, ...) integers 0 or 1. logits: (B, ...).
+    Raises:
+        ValueError: levels other than 0 and 1 (on the CPU), shapes that differ.
+    """
+    check_levels(levels, 2, logits)
+    sign = 2 * levels.to(logits.device).to(_accurate_dtype(logits)) - 1
+    return sum_except_batch(F.logsigmoid(sign * logits))
 
 
 def log_normal_mass(lower: Tensor, upper: Tensor) -> Tensor:
