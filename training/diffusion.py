@@ -105,9 +105,11 @@ class DiffusionTask:
         z_t = diffuse(x, noise, log_snr)
         conditioning = {}
         if self.num_classes is not None:
+            labels = labels.to(self.device, non_blocking=True)
             if self.class_dropout:
-                labels = torch.where(self._draw(rows, "class dropout") < self.class_dropout, self.num_classes, labels)
-            conditioning["class_labels"] = labels.to(self.device, non_blocking=True)
+                dropped = self._draw(rows, "class dropout") < self.class_dropout
+                labels = torch.where(dropped.to(self.device), self.num_classes, labels)
+            conditioning["class_labels"] = labels
         output = model(z_t, timestep.float().to(self.device), **conditioning, return_dict=False)[0]
         losses = diffusion_loss(
             output,

@@ -71,6 +71,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[EvaluateArguments, DataArgu
     for name in ("num_samples", "batch_size", "num_inference_steps", "max_images", "num_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be positive, got {getattr(args, name)}.")
+    if args.num_samples < 2:
+        parser.error("--num_samples must be at least 2: the error bar comes from independent estimates.")
     if is_digits(data):
         trained = training_record(args.checkpoint)
         if trained is not None:

@@ -73,7 +73,10 @@ STATE_FOLDER = "training_state"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FOLDER = "samples"
 SAMPLES_FILE = "samples.png"
-PIPELINE_PARTS = ("model_index.json", "unet", "scheduler")
+OWN_FILES = (
+    *("model_index.json", "unet", "scheduler", "README.md"),
+    *(ARGUMENTS_FILE, METRICS_FILE, SAMPLES_FOLDER, SAMPLES_FILE),
+)
 NUM_BINS = 16  # of log SNR, for the loss by log SNR
 BYTES_KEPT_ON_DEVICE = 2 << 30  # data sets up to this size live on the accelerator
 STOP_INTERVAL = 10  # optimiser steps between the processes' agreements on whether to stop
@@ -137,23 +140,31 @@ def prepare_output_dir(args: Arguments, accelerator: Accelerator) -> Path:
         output_dir.mkdir(parents=True, exist_ok=True)
         clean_up(output_dir)
         if occupied and not args.run.resume_from_checkpoint:
-            ours = [
-                output_dir / name
-                for name in (
-                    *PIPELINE_PARTS,
-                    ARGUMENTS_FILE,
-                    METRICS_FILE,
-                    SAMPLES_FOLDER,
-                    SAMPLES_FILE,
-                    "README.md",
-                    args.run.logging_dir,
-                )
-            ]
-            for path in [*list_checkpoints(output_dir), *ours]:
+            for path in [
+                *list_checkpoints(output_dir),
+                *(output_dir / name for name in (*OWN_FILES, args.run.logging_dir)),
+            ]:
                 if path.exists():
                     discard(path)
     accelerator.wait_for_everyone()
     return output_dir
+
+
+def hub_repository(args: Arguments, output_dir: Path) -> str | None:
+    """The repository that --push_to_hub will publish to, made if it does not exist; None without --push_to_hub.
+
+    Raises:
+        SetupError: nobody is logged in, or may not write there.
+    """
+    run = args.run
+    if not run.push_to_hub:
+        return None
+    try:  # an existing repository keeps its visibility unless a private one was asked for
+        return check_hub_access(
+            run.hub_model_id or output_dir.resolve().name, private=run.hub_private_repo or None, token=run.hub_token
+        )
+    except OSError as error:
+        raise SetupError(f"--push_to_hub: {error}") from error
 
 
 def changed_arguments(checkpoint: Path, args: Arguments) -> str | None:
@@ -315,16 +326,11 @@ class Training:
             resume_from, passed_over = find_checkpoint(self.output_dir, args.run.resume_from_checkpoint)
             self.warnings += passed_over
 
-        self.repo_id = None
-        if (
-            args.run.push_to_hub and accelerator.is_main_process
-        ):  # a login that is missing is found out now, not in days
-            name = args.run.hub_model_id or self.output_dir.resolve().name
-            # an existing repository keeps its visibility unless a private one was asked for
-            self.repo_id = check_hub_access(name, private=args.run.hub_private_repo or None, token=args.run.hub_token)
+        # a login that is missing is found out now, not in days
+        self.repo_id = hub_repository(args, self.output_dir) if accelerator.is_main_process else None
         self.last_evaluation, self.last_samples = None, None
 
-        with accelerator.main_process_first():  # the others find what the first has downloaded
+        with accelerator.local_main_process_first():  # the others find what the first has downloaded
             self.train_images, self.eval_images = load_splits(args.data, optimization.seed)
         if args.run.eval_max_images is not None:
             self.eval_images = self.eval_images.first(args.run.eval_max_images)
@@ -480,6 +486,7 @@ class Training:
                     accelerator.print(
                         f"SIGTERM: state saved at step {self.step}; go on with --resume_from_checkpoint latest"
                     )
+                    accelerator.end_training()
                     raise Terminated(EXIT_TERMINATED)
         if run.eval_steps != 0:
             self.evaluate()
