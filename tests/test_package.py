@@ -34,6 +34,7 @@ CORE = [
     "elbo_forms",
     "objectives",
     "reverse_variance",
+    "learned_variance",
     "likelihood",
 ]
 ROOMS = [*CORE, "models", "schedulers", "safety", "hub", "pipelines", "evaluation", "registration", "__init__"]
