@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -22,17 +23,26 @@ from vdm_diffusers.likelihood import (
     LikelihoodReport,
     SoftmaxDecoder,
     evaluate_bound,
+    measure_mse,
 )
-from vdm_diffusers.reverse_variance import ReverseVariance, forward_variance, posterior_variance
+from vdm_diffusers.reverse_variance import (
+    OptimalVariance,
+    ReverseVariance,
+    forward_variance,
+    optimal_grid,
+    posterior_variance,
+)
 from vdm_diffusers.schedulers.scheduling_vdm import VDMScheduler
 
 Method = Literal["continuous", "discrete"]
+Grid = Literal["time", "log_snr", "optimal"]
 
 _REVERSE_VARIANCES: dict[str, ReverseVariance] = {
     "fixed_small": "posterior",
     "fixed_small_log": "posterior",
     "fixed_large": "forward",
     "fixed_large_log": "forward",
+    "optimal": "optimal",
     "learned": "learned",
     "learned_range": "learned_range",
 }
@@ -47,6 +57,7 @@ def evaluate_likelihood(
     scheduler: Any = None,
     method: Method | None = None,
     num_steps: int | None = None,
+    grid: Grid | Sequence[float] | Tensor | None = None,
     num_samples: int = 16,
     num_levels: int | Literal["auto"] = "auto",
     pixel_encoding: PixelEncoding | Literal["auto"] = "auto",
@@ -82,7 +93,11 @@ def evaluate_likelihood(
         scheduler: what the model was trained with, a [`VDMScheduler`] or one of Diffusers' with a table of betas. Default:
             the pipeline's.
         method: `"continuous"` or `"discrete"`.
-        num_steps: steps of the discrete chain. Default: the scheduler's `num_train_timesteps`. Other numbers take grids uniform in t.
+        num_steps: steps of the discrete chain. Default: the scheduler's `num_train_timesteps`.
+        grid: where they are: `"time"`, uniform in t (in a table's index); `"log_snr"`, uniform in log SNR; `"optimal"`, chosen by dynamic
+            programming for the smallest bound (needs the scheduler's `optimal_variance`); or the log SNRs themselves, decreasing, both
+            ends included. Default: `"time"`, and `"optimal"` for fewer steps with `variance_type="optimal"`. In a table of betas
+            every step is an entry of the table.
         num_samples: evaluations of the model for an image, spread evenly over time. If there are enough for every step of the
             chain, the steps are summed, as many times over as `num_samples` allows.
         num_levels: number of levels of a pixel. Default: the pipeline's own, else 256.
@@ -123,29 +138,28 @@ def evaluate_likelihood(
         method = "continuous" if chain.is_log_snr_schedule else "discrete"
     if method not in ("continuous", "discrete"):
         raise ValueError(f"`method` must be 'continuous' or 'discrete', got {method!r}.")
-    if num_steps is not None and method != "discrete":
-        raise ValueError(f"`num_steps` belongs to method='discrete', got {num_steps} with method={method!r}.")
+    for name, value in (("num_steps", num_steps), ("grid", grid)):
+        if value is not None and method != "discrete":
+            raise ValueError(f"`{name}` belongs to method='discrete', got {value} with method={method!r}.")
     kind = _reverse_variance(variance_type or chain.config.variance_type, method, num_steps, chain)
-    term, decoder = _term(chain, method, num_steps, kind), _decoder(chain, kind)
-    _check_kwargs(model_kwargs)
-
-    levels, labels = _load_images(images, class_labels, num_levels)
-    _check_size(network, levels)
-    labels = _load_labels(network, labels, len(levels))
-    device, dtype = _device_and_dtype(network)
-    num_dims = levels[0].numel()
-    if batch_size is None:
-        batch_size = max(1, min(512, _BATCH_ELEMENTS // num_dims))
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
-
-    denoiser = DenoisingModel(
-        predict=_Predictor(network, chain, device, dtype, labels, model_kwargs or {}, len(levels)),
-        prediction_type=chain.config.prediction_type,
-        num_levels=num_levels,
-        pixel_encoding=pixel_encoding,
-        learned_variance=kind if kind in ("learned", "learned_range") else None,
-        clip_denoised=clip_denoised,
+    term: DiffusionTerm
+    if method == "continuous":
+        term = ContinuousTerm(chain.noise_schedule.log_snr_max, chain.noise_schedule.log_snr_min)
+    else:
+        term = _chain_term(chain, num_steps, grid, kind)
+    decoder = _decoder(chain, kind)
+    learned = kind if kind in ("learned", "learned_range") else None
+    levels, denoiser, device, batch_size = _prepare(
+        network,
+        chain,
+        images,
+        class_labels,
+        num_levels,
+        pixel_encoding,
+        model_kwargs,
+        batch_size,
+        learned,
+        clip_denoised,
     )
     with (
         _eval_mode(network),
@@ -168,7 +182,7 @@ def evaluate_likelihood(
             progress=bar.update,
         )
     report.settings.update(
-        num_steps=None if method == "continuous" else num_steps or chain.config.num_train_timesteps,
+        num_steps=term.num_steps + isinstance(decoder, GaussianDecoder) if isinstance(term, DiscreteTerm) else None,
         num_samples=num_samples,
         num_levels=num_levels,
         pixel_encoding=pixel_encoding,
@@ -179,9 +193,97 @@ def evaluate_likelihood(
         log_snr_min=chain.noise_schedule.log_snr_min,
         clip_denoised=clip_denoised,
         variance_reduction=variance_reduction,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(_device_and_dtype(network)[1]).removeprefix("torch."),
     )
     return report
+
+
+def estimate_optimal_variance(
+    model: Any,
+    images: Any,
+    *,
+    scheduler: Any = None,
+    num_knots: int = 64,
+    num_samples: int = 16,
+    num_levels: int | Literal["auto"] = "auto",
+    pixel_encoding: PixelEncoding | Literal["auto"] = "auto",
+    batch_size: int | None = None,
+    class_labels: int | Sequence[int] | Tensor | str | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    generator: torch.Generator | None = None,
+    progress_bar: bool = True,
+) -> dict[str, list[float]]:
+    r"""What `variance_type="optimal"` needs: E|x - x_hat|^2 / D of a network, measured on training images, against log SNR.
+
+    The reverse variance posterior + (coefficient of x)^2 E|x - x_hat|^2 / D gives the smallest bound that any variance of this form can,
+    whatever the network. It pays with few steps, and on a grid to match: `grid="optimal"` or `"log_snr"`. On a linear-beta grid
+    uniform in t it may give samples that look worse, though their likelihood is higher.
+
+    Args: as in [`evaluate_likelihood`]; besides
+        num_knots: number of log SNRs, equally spaced over the schedule.
+        num_samples: evaluations of the model for an image, spread over the knots.
+
+    Returns:
+        `{"log_snr": [...], "mse": [...]}`, for the scheduler's config, where it travels with the checkpoint:
+        `VDMScheduler.from_config(scheduler.config, variance_type="optimal", optimal_variance=...)`.
+
+    Source: Bao et al. 2022, "Analytic-DPM", theorem 1; Bao et al. 2022, "Estimating the Optimal Covariance with Imperfect Mean".
+    """
+    network, scheduler, num_levels, pixel_encoding = _unpack(model, scheduler, num_levels, pixel_encoding)
+    chain = _adopt(scheduler)
+    levels, denoiser, device, batch_size = _prepare(
+        network, chain, images, class_labels, num_levels, pixel_encoding, model_kwargs, batch_size, None, False
+    )
+    schedule = chain.noise_schedule
+    low = schedule.log_snr_min
+    if not math.isfinite(low):  # zero terminal SNR: the entry before, where the network still sees something
+        low = float(chain.log_snr(float(chain.config.num_train_timesteps - 2)))
+    knots = torch.linspace(low, schedule.log_snr_max, num_knots, dtype=torch.float64)
+    with _eval_mode(network), torch.no_grad(), tqdm(total=len(levels) * num_samples, disable=not progress_bar) as bar:
+        optimal = measure_mse(
+            denoiser,
+            levels,
+            knots,
+            num_samples=num_samples,
+            batch_size=batch_size,
+            seed=_seed(generator),
+            device=device,
+            progress=bar.update,
+        )
+    return optimal.to_config()
+
+
+def _prepare(
+    network: Callable[..., Any],
+    scheduler: Any,
+    images: Any,
+    class_labels: Any,
+    num_levels: int,
+    pixel_encoding: PixelEncoding,
+    model_kwargs: dict[str, Any] | None,
+    batch_size: int | None,
+    learned: Literal["learned", "learned_range"] | None,
+    clip_denoised: bool,
+) -> tuple[Tensor, DenoisingModel, torch.device, int]:
+    """The images as integers, the network as the core calls it, its device, and how many evaluations to do at a time."""
+    _check_kwargs(model_kwargs)
+    levels, labels = _load_images(images, class_labels, num_levels)
+    _check_size(network, levels)
+    labels = _load_labels(network, labels, len(levels))
+    device, dtype = _device_and_dtype(network)
+    if batch_size is None:
+        batch_size = max(1, min(512, _BATCH_ELEMENTS // levels[0].numel()))
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    denoiser = DenoisingModel(
+        predict=_Predictor(network, scheduler, device, dtype, labels, model_kwargs or {}, len(levels)),
+        prediction_type=scheduler.config.prediction_type,
+        num_levels=num_levels,
+        pixel_encoding=pixel_encoding,
+        learned_variance=learned,
+        clip_denoised=clip_denoised,
+    )
+    return levels, denoiser, device, batch_size
 
 
 # --- model and scheduler -----------------------------------------------------------------------------------------------
@@ -273,29 +375,85 @@ def _reverse_variance(variance_type: str, method: str, num_steps: int | None, sc
     return kind
 
 
-def _term(scheduler: Any, method: str, num_steps: int | None, kind: ReverseVariance) -> DiffusionTerm:
+def _optimal(scheduler: Any) -> OptimalVariance:
+    table = scheduler.config.get("optimal_variance")
+    if table is None:
+        raise ValueError(
+            "variance_type='optimal' and grid='optimal' need the network's mean squared errors: put what estimate_optimal_variance(...) "
+            "returns into the scheduler's config, VDMScheduler.from_config(scheduler.config, optimal_variance=...)."
+        )
+    return OptimalVariance.from_config(table)
+
+
+def chain_log_snrs(
+    scheduler: Any, num_steps: int | None = None, grid: Grid | Sequence[float] | Tensor | None = None
+) -> Tensor:
+    """The log SNRs of a chain, decreasing, float64: x_1 (or z_0) first, then one for each transition.
+
+    `num_steps` counts evaluations of the network: a chain of a table of betas needs one at x_1, so that it has `num_steps` entries;
+    one of a log-SNR schedule has `num_steps + 1`. Arguments and Raises: see `evaluate_likelihood`.
+    """
     schedule, trained = scheduler.noise_schedule, scheduler.config.num_train_timesteps
-    if method == "continuous":
-        return ContinuousTerm(schedule.log_snr_max, schedule.log_snr_min)
+    is_table = not scheduler.is_log_snr_schedule
     steps = trained if num_steps is None else num_steps
-    if scheduler.is_log_snr_schedule:
-        if steps < 1:
-            raise ValueError(f"`num_steps` must be at least 1, got {steps}.")
-        return DiscreteTerm(schedule.log_snr(torch.arange(steps + 1, dtype=torch.float64) / steps), kind)
-    # whole timesteps, both ends among them: x_1, which the decoder starts from, is the first of `steps`
-    if not 2 <= steps <= trained:
-        raise ValueError(f"`num_steps` must lie in 2..{trained}, the length of the scheduler's table, got {steps}.")
-    timesteps = torch.linspace(0, trained - 1, steps, dtype=torch.float64).round()
-    return DiscreteTerm(scheduler.log_snr(timesteps), kind)
+    if grid is not None and not isinstance(grid, str):
+        log_snrs = torch.as_tensor(grid, dtype=torch.float64)
+        if num_steps is not None and num_steps != len(log_snrs) - (not is_table):
+            raise ValueError(f"`num_steps` and `grid` disagree: {num_steps}, and {len(log_snrs)} log SNRs.")
+        ends = [schedule.log_snr_max, schedule.log_snr_min]
+        if log_snrs.ndim != 1 or len(log_snrs) < 2 or log_snrs[[0, -1]].tolist() != ends:
+            raise ValueError(f"`grid` must run from {ends[0]} to {ends[1]}, the schedule's own ends.")
+        return log_snrs
+    if grid not in (None, "time", "log_snr", "optimal"):
+        raise ValueError(f"`grid` must be 'time', 'log_snr', 'optimal' or log SNRs, got {grid!r}.")
+    low, high = (2, trained) if is_table else (1, 1 << 20)
+    if not low <= steps <= high:
+        table = ", the length of the scheduler's table" if is_table else ""
+        raise ValueError(f"`num_steps` must lie in {low}..{high}{table}, got {steps}.")
+    if grid is None:
+        grid = "optimal" if scheduler.config.variance_type == "optimal" and steps < trained else "time"
+    entries = scheduler.log_snr(torch.arange(trained)).double()
+    if is_table and (grid == "time" or steps == trained):
+        return entries[torch.linspace(0, trained - 1, steps, dtype=torch.float64).round().long()]
+    if grid == "optimal":
+        candidates = entries if is_table else _between(schedule, max(1024, 2 * steps))
+        return optimal_grid(_optimal(scheduler), steps - is_table, candidates)
+    if not is_table:
+        uniform = torch.arange(steps + 1, dtype=torch.float64) / steps
+        return schedule.log_snr(uniform) if grid == "time" else _between(schedule, steps)
+    if not bool(entries.isfinite().all()):
+        raise ValueError("grid='log_snr' needs a finite log SNR at both ends: take 'time' with zero terminal SNR.")
+    nearest = (
+        (entries - torch.linspace(float(entries[0]), float(entries[-1]), steps).double()[:, None]).abs().argmin(1)
+    )
+    # where the table is coarser than the grid entries coincide: move up to keep them distinct, but not beyond the end
+    number = torch.arange(steps)
+    return entries[torch.minimum((nearest - number).cummax(0).values + number, trained - steps + number)]
+
+
+def _between(schedule: Any, num_steps: int) -> Tensor:
+    """Log SNRs equally spaced from one end of a schedule to the other, both exact: (num_steps + 1,)."""
+    t = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    return (1 - t) * schedule.log_snr_max + t * schedule.log_snr_min
+
+
+def _chain_term(
+    scheduler: Any, num_steps: int | None, grid: Grid | Sequence[float] | Tensor | None, kind: ReverseVariance
+) -> DiscreteTerm:
+    log_snrs = chain_log_snrs(scheduler, num_steps, grid)
+    return DiscreteTerm(log_snrs, kind, _optimal(scheduler) if kind == "optimal" else None)
 
 
 def _decoder(scheduler: Any, kind: ReverseVariance) -> Decoder:
     if scheduler.is_log_snr_schedule:
         return SoftmaxDecoder(scheduler.noise_schedule.log_snr_max)
     first, second = scheduler.log_snr(torch.tensor([0.0, 1.0])).double()
+    variance = posterior_variance(first, second)
+    if kind == "optimal":  # E|x - x_hat|^2 / D at x_1, which is zero for an exact network of a few known images
+        variance = _optimal(scheduler).at(first).clamp(min=1e-12)
     return GaussianDecoder(
         log_snr_1=float(first),
-        variance=float(posterior_variance(first, second)),
+        variance=float(variance),
         upper_variance=float(forward_variance(torch.inf, first)),
         learned=kind if kind in ("learned", "learned_range") else None,
     )

@@ -33,7 +33,13 @@ from .elbo import discrete_weight_x, prior_kl
 from .gaussian import diffuse, posterior_coefficients
 from .numerics import as_float64, expand_to, sum_except_batch
 from .prediction import PredictionType, convert, loss_weight_ratio, prediction_target
-from .reverse_variance import ReverseVariance, forward_variance, learned_range_variance, posterior_variance
+from .reverse_variance import (
+    OptimalVariance,
+    ReverseVariance,
+    forward_variance,
+    learned_range_variance,
+    posterior_variance,
+)
 from .time_sampling import fold
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -274,16 +280,20 @@ class DiscreteTerm(DiffusionTerm):
 
     Attributes:
         grid: (K + 1,) decreasing log SNRs, from the decoder's to the prior's; the last may be -inf.
-        reverse_variance: 'posterior', 'forward', or what the network's second half of channels means: 'learned',
-            'learned_range'.
+        reverse_variance: 'posterior', 'forward', 'optimal', or what the network's second half of channels means:
+            'learned', 'learned_range'.
+        optimal: the mean squared errors that 'optimal' needs.
     """
 
     grid: Tensor
     reverse_variance: ReverseVariance = "posterior"
+    optimal: OptimalVariance | None = None
 
     def __post_init__(self) -> None:
         if self.grid.ndim != 1 or len(self.grid) < 2 or not bool((self.grid.diff() < 0).all()):
             raise ValueError("`grid` must hold at least two decreasing log SNRs.")
+        if (self.reverse_variance == "optimal") != (self.optimal is not None):
+            raise ValueError("`optimal` goes with reverse_variance='optimal', and only with that.")
 
     @property
     def num_steps(self) -> int:
@@ -321,6 +331,8 @@ class DiscreteTerm(DiffusionTerm):
 
     def _variance(self, site: Tensor) -> Tensor:
         s, t = self.grid[site.long() - 1], self.grid[site.long()]
+        if self.optimal is not None:
+            return self.optimal.variance(s, t)
         return forward_variance(s, t) if self.reverse_variance == "forward" else posterior_variance(s, t)
 
     def scale(self, site: Tensor) -> Tensor:
@@ -922,6 +934,46 @@ def _collapsed_strata(rest: Tensor, layout: _Layout) -> float:
     if steps.shape[1] % 2:
         variance += float((steps[:, -1:] - steps[:, -2:-1]).square().sum())
     return variance
+
+
+def measure_mse(
+    model: DenoisingModel,
+    levels: Tensor,
+    knots: Tensor,
+    *,
+    num_samples: int,
+    batch_size: int = 256,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> OptimalVariance:
+    """E|x - x_hat|^2 / D at the given log SNRs (K,), each averaged over equally many evaluations, `num_samples` an image.
+
+    Raises:
+        ValueError: fewer evaluations than knots.
+    """
+    count, total = len(levels), len(levels) * num_samples
+    if total < len(knots):
+        raise ValueError(
+            f"{len(knots)} log SNRs need as many evaluations at least, got {count} images x {num_samples}."
+        )
+    # an image's evaluations are spread over the knots, and every knot sees images from everywhere
+    position = torch.arange(total).reshape(num_samples, count).T.flatten()
+    index_of_knot = position * len(knots) // total
+    sums, number = torch.zeros(len(knots), dtype=torch.float64), index_of_knot.bincount(minlength=len(knots))
+    for flat in torch.arange(total).split(batch_size):
+        index, column = flat // num_samples, flat % num_samples
+        k = levels[index].to(device)
+        x = encode_pixels(k, model.num_levels, model.pixel_encoding)
+        noise = _noise(index, column, x.shape[1:], seed, -1).to(device)
+        log_snr = knots[index_of_knot[flat]]
+        z_t = diffuse(x, noise, log_snr)
+        value, _ = model.outputs(z_t, log_snr, index)
+        square, to_x = model.squared_error(value, x, noise, z_t, log_snr)
+        sums.index_add_(0, index_of_knot[flat], to_x * _sum64(square))
+        if progress is not None:
+            progress(len(flat))
+    return OptimalVariance(knots, sums / number / levels[0].numel())
 
 
 class _LossCurve:
