@@ -203,6 +203,21 @@ def test_the_elbo_of_a_network_that_knows_nothing_is_known():
         assert math.isclose(float(losses.mean()), want, rel_tol=tolerance)
 
 
+def test_a_table_moves_the_times_and_leaves_the_expected_loss():
+    # the bound depends on the end points alone (VDM, section 5.1), for a network whose error depends on log SNR too
+    def network(z_t, timestep, return_dict=False):
+        return (z_t * (timestep / 1000)[:, None, None, None],)
+
+    levels = torch.randint(0, 256, (2048, 1, 4, 4), generator=torch.Generator().manual_seed(0))
+    rows = Rows(0, 0, len(levels), len(levels))
+    plain, table = make_task(log_snr_max=8.0), make_task(log_snr_max=8.0, log_snr_table=[8.0, 7.0, 4.0, -5.0])
+    (first, at_first), (second, at_second) = (task.losses(network, levels, None, rows) for task in (plain, table))
+    assert at_first.median() < 2 < 5 < at_second.median()
+    error = math.sqrt(sum(float(losses.var()) / len(losses) for losses in (first, second)))
+    assert abs(float(first.mean() - second.mean())) < 5 * error
+    assert error < 0.05 * float(first.mean())
+
+
 def test_ddpm_trains_on_its_own_steps():
     args = DiffusionArguments(ddpm_beta_schedule="linear", loss="simple", ddpm_num_steps=50)
     assert trains_in_discrete_time(args)

@@ -396,6 +396,8 @@ def test_arguments_that_change_on_the_way_are_named(run, tmp_path, capsys):
         ({"mixed_precision": "fp16"}, "on a CPU take bf16"),
         ({"logger": "wandb"}, "pip install wandb"),
         ({"num_levels": 9}, "the images hold level 16"),
+        ({"norm_num_groups": 3}, "`norm_num_groups` must divide `hidden_channels`"),
+        ({"eval_num_samples": 4, "ddpm_beta_schedule": "linear", "log_snr_table": 3}, "needs a schedule in log SNR"),
         ({"model_config_name_or_path": "CONFIG"}, "is of a AutoencoderKL"),
     ],
 )

@@ -29,6 +29,7 @@ ARGUMENTS_FILE = "training_arguments.json"  # beside every model: what it was tr
 DIGITS_RECIPE = RECIPES / "digits.yaml"
 
 LOG_SNR_SCHEDULES = ("log_snr_linear", "log_snr_cosine")
+ELBO_WEIGHTED = ("elbo", "sigmoid", "edm")
 BetaSchedule = Literal[
     "log_snr_linear", "log_snr_cosine", "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"
 ]
@@ -148,6 +149,11 @@ class DiffusionArguments:
         13.3, "Log SNR at the clean end of a schedule given in log SNR; 13.3 for 256 levels."
     )
     log_snr_min: float = argument(-5.0, "Log SNR at its noisy end.")
+    log_snr_table: list[float] | None = argument(
+        None,
+        "Decreasing log SNRs at equally spaced times, for a schedule given in log SNR: where its times, and so training and the "
+        "sampler's steps, are dense. None: --ddpm_beta_schedule as it is.",
+    )
     ddpm_num_steps: int = argument(
         1000, "T of the timestep coordinate, and the number of betas.", alias="num_train_timesteps"
     )
@@ -167,9 +173,27 @@ class DiffusionArguments:
         "Times trained on: continuous, or the --ddpm_num_steps steps. auto: discrete for beta tables with a loss that does not "
         "weigh by the ELBO (DDPM), else continuous.",
     )
-    time_sampling: Literal["low_discrepancy", "uniform"] = argument(
-        "low_discrepancy", "Stratified over the global batch (all processes and micro-batches), or independent."
+    time_sampling: Literal["low_discrepancy", "uniform", "adaptive"] = argument(
+        "low_discrepancy",
+        "Stratified over the global batch (all processes and micro-batches), independent, or stratified with a density that follows "
+        "the root mean square of the losses (importance sampling: the expected loss stays).",
     )
+    learn_schedule: bool = argument(
+        False,
+        "Learn how the schedule runs between its end points, starting from log_snr_linear, by minimising the variance of "
+        "the loss (VDM). The result is saved in the scheduler's config.",
+    )
+    learn_end_points: bool = argument(
+        False,
+        "Learn the end points too, through the bound, inside --log_snr_max and --log_snr_min. With --learn_schedule.",
+    )
+    schedule_learning_rate: float = argument(0.01, "Adam's learning rate for the schedule, before --lr_scheduler.")
+    variance_type: Literal["fixed_small", "learned_range", "learned"] = argument(
+        "fixed_small",
+        "Reverse variance. learned_range, learned: the network predicts it in a second half of its channels, trained by the bound with "
+        "the mean held fixed, besides --loss (simple: Improved DDPM's hybrid loss). In discrete time.",
+    )
+    vlb_weight: float = argument(0.001, "Weight of that bound, in bits/dim.")
     pixel_encoding: PixelEncoding = argument(
         "bin_center",
         "Integers to [-1, 1]: bin_center (VDM) 2 (k + 1/2) / L - 1, endpoint (Diffusers) 2 k / (L - 1) - 1.",
@@ -429,6 +453,7 @@ def check_arguments(arguments: Arguments) -> None:
         )
     if values["class_dropout"] and not values["class_conditional"]:
         raise ValueError("--class_dropout needs --class_conditional.")
+    _check_learning(arguments.diffusion)
     table = values["ddpm_beta_schedule"] not in LOG_SNR_SCHEDULES
     if values["eval_num_samples"] < (4 if table else 2):
         raise ValueError(
@@ -438,4 +463,33 @@ def check_arguments(arguments: Arguments) -> None:
         raise ValueError(
             f"--loss {values['loss']} with a table of betas needs --train_time continuous: the step from x_1 to clean data has "
             "no finite ELBO weight (evaluations give it DDPM's decoder)."
+        )
+
+
+def trains_in_discrete_time(args: DiffusionArguments) -> bool:
+    """What --train_time auto means: DDPM's own steps for DDPM's own losses, continuous time for the rest."""
+    if args.train_time == "auto":
+        return args.ddpm_beta_schedule not in LOG_SNR_SCHEDULES and args.loss not in ELBO_WEIGHTED
+    return args.train_time == "discrete"
+
+
+def _check_learning(args: DiffusionArguments) -> None:
+    """Raise ValueError for things to learn that do not go with the rest."""
+    if args.schedule_learning_rate <= 0 or args.vlb_weight <= 0:
+        raise ValueError("--schedule_learning_rate and --vlb_weight must be positive.")
+    if args.learn_end_points and not (args.learn_schedule and args.loss == "elbo"):
+        raise ValueError("--learn_end_points needs --learn_schedule and --loss elbo: the bound alone says where they belong.")
+    if args.learn_schedule:
+        wanted = {
+            "--ddpm_beta_schedule log_snr_linear": args.ddpm_beta_schedule == "log_snr_linear",
+            f"--loss {' or '.join(ELBO_WEIGHTED)}": args.loss in ELBO_WEIGHTED,
+            "continuous --train_time": not trains_in_discrete_time(args),
+            "a --time_sampling that is not adaptive (the schedule itself is)": args.time_sampling != "adaptive",
+        }
+        missing = [name for name, there in wanted.items() if not there]
+        if missing:
+            raise ValueError(f"--learn_schedule needs {', and '.join(missing)}.")
+    if args.variance_type != "fixed_small" and not trains_in_discrete_time(args):
+        raise ValueError(
+            f"--variance_type {args.variance_type} needs --train_time discrete: in continuous time every variance is the posterior's."
         )

@@ -38,6 +38,7 @@ def make_scheduler(args: DiffusionArguments) -> VDMScheduler:
         prediction_type=args.prediction_type,
         log_snr_max=args.log_snr_max,
         log_snr_min=args.log_snr_min,
+        log_snr_table=args.log_snr_table,
     )
 
 
@@ -65,6 +66,7 @@ class DiffusionTask:
     ) -> None:
         self.args, self.scheduler, self.num_levels, self.seed, self.device = args, scheduler, num_levels, seed, device
         self.random_flip, self.num_classes, self.class_dropout = random_flip, num_classes, class_dropout
+        self.schedule = scheduler.noise_schedule
         self.discrete = trains_in_discrete_time(args)
         self._generator = torch.Generator(device)
 
@@ -78,7 +80,7 @@ class DiffusionTask:
             u = low_discrepancy(rows.count, offset=rows.first, total=rows.total, generator=generator)
         else:
             u = uniform(rows.total, generator=generator)[rows.first : rows.first + rows.count]
-        schedule, num_steps = self.scheduler.noise_schedule, self.args.ddpm_num_steps
+        schedule, num_steps = self.schedule, self.args.ddpm_num_steps
         if not self.discrete:
             log_snr = schedule.log_snr(u)
             return log_snr, self.scheduler.timestep_from_log_snr(log_snr), continuous_weight(schedule.derivative(u))

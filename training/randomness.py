@@ -44,6 +44,15 @@ def row_noise(
     return noise
 
 
+def seed_dropout(device: torch.device, *place: int | str) -> None:
+    """Seed the default generators, from which dropout draws, for a place in the run."""
+    seed = seed_for(*place)
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would look at every device: half a millisecond
+    else:
+        torch.manual_seed(seed)
+
+
 class DataOrder:
     """The order in which images are visited: one seeded permutation after another, as one endless stream."""
 

@@ -51,7 +51,7 @@ from ema import EMA
 from evaluating import TERMS, bits_per_dim, combined_error, draw_samples
 from networks import make_network, num_classes_of
 from plots import image_grid
-from randomness import DataOrder, seed_for
+from randomness import DataOrder, seed_dropout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -340,8 +340,11 @@ class Training:
             raise DataError(f"--num_levels {self.num_levels}: the images hold level {highest}.")
 
         set_seed(optimization.seed)
-        self.network = make_network(args, self.train_images)
-        self.scheduler = make_scheduler(args.diffusion)
+        try:
+            self.network = make_network(args, self.train_images)
+            self.scheduler = make_scheduler(args.diffusion)
+        except ValueError as error:  # sizes or schedules that cannot be; the message says which
+            raise SetupError(str(error)) from error
         self.num_classes = num_classes_of(self.network)
         self.network.to(device).train()
         if optimization.channels_last:
@@ -435,7 +438,7 @@ class Training:
             first = (micro_batch * accelerator.num_processes + accelerator.process_index) * self.rows
             rows = Rows(self.step, first, self.rows, self.global_batch)
             levels, labels = self.batches(self.images_seen + first, self.rows)
-            torch.manual_seed(seed_for(optimization.seed, "dropout", self.step, first))
+            seed_dropout(accelerator.device, optimization.seed, "dropout", self.step, first)
             with accelerator.accumulate(self.model):
                 losses, log_snr = self.task.losses(self.model, levels, labels, rows)
                 accelerator.backward(losses.mean())
