@@ -42,7 +42,7 @@ HUB_NAMESPACE: str | None = None
 
 CODE_FILE = "vdm_diffusers.py"
 CODE_PATHS = (CODE_FILE, f"unet/{CODE_FILE}", f"scheduler/{CODE_FILE}")
-PUBLISHED_SUFFIXES = (".safetensors", ".json", ".md", ".png", ".jpg", ".svg", ".yaml")
+PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".gif")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 
@@ -111,7 +111,7 @@ def publish_folder(
         repo_id, private, token: as in `check_hub_access`.
         revision: branch to push to, created if it does not exist; None: "main".
         create_pr: open a pull request instead.
-        tag: given to the commit. A tag that exists and means another commit is refused before anything is sent.
+        tag: given to the commit. One that exists and is not the branch's head is refused before anything is sent.
         run_as_future: return at once; the folder is copied first, so that training may overwrite it. Pushes queue up in order.
     Returns:
         The commit, or a future of it.
@@ -180,7 +180,9 @@ def _push(
         revision=revision,
         create_pr=create_pr,
     )
-    if tag is not None and tags.get(tag) != commit.oid:
+    if tag in tags and tags[tag] != commit.oid:
+        raise ValueError(f"pushed as {commit.oid}, but `tag` {tag!r} is the commit before it: choose a new one.")
+    if tag is not None and tag not in tags:
         api.create_tag(repo_id, tag=tag, revision=commit.oid)
     return commit
 
@@ -195,20 +197,15 @@ def _publishable(folder: pathlib.Path, token: str | None) -> list[str]:
     components = [
         name for name, value in json.loads(index.read_text(encoding="utf-8")).items() if isinstance(value, list)
     ]
-    candidates = [*folder.iterdir(), *(path for name in components for path in sorted((folder / name).glob("*")))]
-    pickled = [
-        path
-        for path in candidates
-        if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl") and path.parent != folder
-    ]
+    parts = [path for name in components for path in (folder / name).glob("*") if path.is_file()]
+    pickled = [path.name for path in parts if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
     if pickled:
-        raise ValueError(
-            f"weights are published as safetensors only, got {pickled[0].name}: save_pretrained writes them."
-        )
-    files = [path for path in candidates if path.is_file() and path.suffix in PUBLISHED_SUFFIXES]
+        raise ValueError(f"weights are published as safetensors only, got {pickled[0]}: save_pretrained writes them.")
+    files = [index, *(path for path in parts if path.suffix in (".safetensors", ".json"))]
+    files += [path for path in folder.iterdir() if path.name == "README.md" or path.suffix.lower() in PICTURES]
     own = token or get_token()
     for path in files:
-        if path.suffix in (".json", ".md", ".yaml", ".svg"):
+        if path.suffix in (".json", ".md", ".svg"):
             text = path.read_text(encoding="utf-8")
             if _TOKEN.search(text) or (own and own in text):
                 raise ValueError(
@@ -486,7 +483,9 @@ class Measurement:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
         if min(self.standard_error, self.sampling_error) < 0:
-            raise ValueError(f"errors must not be negative, got {self.standard_error} and {self.sampling_error}.")
+            raise ValueError(
+                f"`standard_error` and `sampling_error` must not be negative, got {self.standard_error} and {self.sampling_error}."
+            )
         for name, kind in (("data", EvaluationData), ("provenance", Provenance)):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(
@@ -606,7 +605,7 @@ def _eval_result(m: Measurement) -> EvalResult:
             "sampling_error": float(m.sampling_error),
             "method": m.method,
             "is_bound": m.is_bound,
-            "num_steps": m.num_steps,
+            "num_steps": "continuous time" if m.num_steps is None else m.num_steps,
             "log_snr_max": float(m.log_snr_max),
             "log_snr_min": float(m.log_snr_min),
             "num_images": m.data.num_images,
