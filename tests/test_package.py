@@ -36,6 +36,7 @@ CORE = [
     "reverse_variance",
     "learned_variance",
     "likelihood",
+    "latent_evaluation",
 ]
 ROOMS = [*CORE, "models", "schedulers", "safety", "hub", "pipelines", "evaluation", "registration", "__init__"]
 # The evaluators also read users' images and show their progress.

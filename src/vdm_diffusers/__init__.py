@@ -13,13 +13,34 @@ from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 
 from .evaluation import evaluate_likelihood
-from .models import LearnedNoiseSchedule, VDMUNet2DModel
-from .pipelines import VDMPipeline
+from .latent_evaluation import evaluate_latent_likelihood
+from .models import HierarchicalVAE, LearnedNoiseSchedule, VariationalAutoencoder, VDMUNet2DModel
+from .pipelines import LatentVDMPipeline, VDMPipeline
 from .registration import register_with_diffusers
 from .schedulers import VDMScheduler
 
 __version__ = "0.1.0"
 
-__all__ = ["LearnedNoiseSchedule", "VDMPipeline", "VDMScheduler", "VDMUNet2DModel", "evaluate_likelihood"]
+__all__ = [
+    "HierarchicalVAE",
+    "LatentVDMPipeline",
+    "LearnedNoiseSchedule",
+    "VDMPipeline",
+    "VDMScheduler",
+    "VDMUNet2DModel",
+    "VariationalAutoencoder",
+    "evaluate_latent_likelihood",
+    "evaluate_likelihood",
+]
 
-register_with_diffusers(sys.modules[__name__], ["VDMPipeline", "VDMScheduler", "VDMUNet2DModel"])
+register_with_diffusers(
+    sys.modules[__name__],
+    [
+        "HierarchicalVAE",
+        "LatentVDMPipeline",
+        "VDMPipeline",
+        "VDMScheduler",
+        "VDMUNet2DModel",
+        "VariationalAutoencoder",
+    ],
+)

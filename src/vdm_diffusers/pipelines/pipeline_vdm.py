@@ -345,15 +345,7 @@ class VDMPipeline(DiffusionPipeline):
 
     def _to_images(self, latents: torch.Tensor, output_type: str) -> Any:
         levels = self.decode_latents(latents if output_type == "pt" else latents.cpu())
-        highest = self.config.num_levels - 1
-        if output_type == "pt":
-            return levels.to(torch.float32) / highest
-        pixels = levels.permute(0, 2, 3, 1).numpy()
-        if output_type == "np":
-            return pixels.astype(np.float32) / np.float32(highest)
-        pixels = ((2 * pixels * 255 + highest) // (2 * highest)).astype(np.uint8)  # rounded in whole numbers
-        mode = _PIL_MODES[pixels.shape[-1]]
-        return [PIL.Image.fromarray(image[..., 0] if mode == "L" else image, mode=mode) for image in pixels]
+        return levels_to_images(levels, self.config.num_levels, output_type)
 
     def _without_unused_variance(self, model_output: torch.Tensor, num_channels: int) -> torch.Tensor:
         """Drop the second half of the channels, a learned variance, where the scheduler would not know what it is."""
@@ -416,6 +408,19 @@ class VDMPipeline(DiffusionPipeline):
             )
         height, width = (size, size) if isinstance(size, int) else size
         return (batch_size, channels, height, width)
+
+
+def levels_to_images(levels: torch.Tensor, num_levels: int, output_type: str) -> Any:
+    """Integer levels `(B, C, H, W)` as `"pt"` or `"np"` arrays in [0, 1], or as a list of 8-bit PIL images."""
+    highest = num_levels - 1
+    if output_type == "pt":
+        return levels.to(torch.float32) / highest
+    pixels = levels.permute(0, 2, 3, 1).cpu().numpy()
+    if output_type == "np":
+        return pixels.astype(np.float32) / np.float32(highest)
+    pixels = ((2 * pixels * 255 + highest) // (2 * highest)).astype(np.uint8)  # rounded in whole numbers
+    mode = _PIL_MODES[pixels.shape[-1]]
+    return [PIL.Image.fromarray(image[..., 0] if mode == "L" else image, mode=mode) for image in pixels]
 
 
 def _labels(class_labels: int | Sequence[int] | torch.Tensor, batch_size: int) -> torch.Tensor:
