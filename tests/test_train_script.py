@@ -16,7 +16,7 @@ import torch
 import train
 import yaml
 from accelerate.state import AcceleratorState, GradientState
-from checkpoints import list_checkpoints
+from checkpoints import list_checkpoints, verify
 from diffusers import UNet2DModel
 from hub_double import HubDouble
 from safetensors.torch import load_file
@@ -408,6 +408,26 @@ def test_what_cannot_be_done_is_said_before_the_first_step(options, complaint, r
     options = {k: tmp_path / "config.json" if v == "CONFIG" else v for k, v in options.items()}
     assert run(tmp_path / "run", **options) == 2
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_agree_to_stop(recipe, tmp_path):
+    output_dir = tmp_path / "run"
+    argv = command(recipe, output_dir, train_batch_size=8, max_train_steps=10**6, checkpointing_steps=10**6)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
+    launched = subprocess.Popen([sys.executable, *launch, *argv[1:]], **options)
+    deadline = time.monotonic() + 120
+    while not (output_dir / "metrics.jsonl").exists() or not metrics(output_dir):
+        assert launched.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    launched.terminate()
+    launched.wait(timeout=120)
+    (stopped,) = list_checkpoints(output_dir)
+    assert int(stopped.name.split("-")[1]) % train.STOP_INTERVAL == 0
+    verify(stopped)
 
 
 @pytest.mark.slow
