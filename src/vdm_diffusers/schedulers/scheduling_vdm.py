@@ -195,8 +195,10 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"`timestep_spacing` must be one of {', '.join(SPACINGS)}, got {config.timestep_spacing!r}."
             )
-        if config.num_train_timesteps < 1:
-            raise ValueError(f"`num_train_timesteps` must be at least 1, got {config.num_train_timesteps}.")
+        if (
+            not 1 <= config.num_train_timesteps <= 10**6
+        ):  # tables of that many are made: a config must not fill the memory
+            raise ValueError(f"`num_train_timesteps` must lie in 1..1000000, got {config.num_train_timesteps}.")
         if not 0 <= config.stochasticity <= 1:
             raise ValueError(
                 f"`stochasticity` must lie between 0 (deterministic) and 1 (ancestral), got {config.stochasticity}."
@@ -317,23 +319,19 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             ValueError: a log SNR on the CPU outside the schedule.
         """
         log_snr = _as_float64(log_snr)
-        if self._table is None:
-            config = self.config
-            timesteps = timestep_from_log_snr(
-                log_snr, config.num_train_timesteps, config.log_snr_max, config.log_snr_min
-            )
-            if on_host(timesteps):
-                self._check_timesteps(timesteps)
-            return timesteps
-        inside = (log_snr <= self._table[0]) & (log_snr >= self._table[-1])
-        if on_host(inside) and not bool((inside | (log_snr == math.inf)).all()):
+        config, table = self.config, self._table
+        high, low = (config.log_snr_max, config.log_snr_min) if table is None else (float(table[0]), float(table[-1]))
+        clean = (log_snr == math.inf) & (table is not None)
+        slack = 1e-6 * (1 + log_snr.abs())  # for end points that went through float32
+        if on_host(log_snr) and not bool((clean | ((log_snr <= high + slack) & (log_snr >= low - slack))).all()):
             raise ValueError(
-                f"`log_snr` must lie in [{float(self._table[-1])}, {float(self._table[0])}], the range of this beta table, "
-                f"got {log_snr.tolist()}."
+                f"`log_snr` must lie in [{low}, {high}], the range of the schedule, got {log_snr.tolist()}."
             )
-        if len(self._table) == 1:
-            return torch.where(log_snr == math.inf, -1.0, torch.zeros_like(log_snr))
-        return torch.where(log_snr == math.inf, -1.0, self.noise_schedule.inverse(log_snr) * self._last)
+        log_snr = log_snr.clamp(low, high)
+        if table is None:
+            return timestep_from_log_snr(log_snr, config.num_train_timesteps, high, low)
+        timesteps = torch.zeros_like(log_snr) if len(table) == 1 else self.noise_schedule.inverse(log_snr) * self._last
+        return torch.where(clean, -1.0, timesteps)
 
     def as_discrete(self) -> VDMScheduler:
         """This schedule as a plain table of `num_train_timesteps` betas, whose timesteps mean the same to the network.
