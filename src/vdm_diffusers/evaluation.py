@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 import PIL.Image
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -17,14 +22,18 @@ from vdm_diffusers.likelihood import (
     ContinuousTerm,
     Decoder,
     DenoisingModel,
+    DensityDecoder,
     DiffusionTerm,
     DiscreteTerm,
     GaussianDecoder,
     LikelihoodReport,
     SoftmaxDecoder,
     evaluate_bound,
+    evaluate_importance_weighted,
     measure_mse,
 )
+from vdm_diffusers.models.labels import default_label, num_classes
+from vdm_diffusers.probability_flow import Dequantization, Divergence, evaluate_flow
 from vdm_diffusers.reverse_variance import (
     OptimalVariance,
     ReverseVariance,
@@ -34,7 +43,8 @@ from vdm_diffusers.reverse_variance import (
 )
 from vdm_diffusers.schedulers.scheduling_vdm import VDMScheduler
 
-Method = Literal["continuous", "discrete"]
+Method = Literal["continuous", "discrete", "ode", "importance_weighted"]
+METHODS: tuple[str, ...] = get_args(Method)
 Grid = Literal["time", "log_snr", "optimal"]
 
 _REVERSE_VARIANCES: dict[str, ReverseVariance] = {
@@ -46,6 +56,7 @@ _REVERSE_VARIANCES: dict[str, ReverseVariance] = {
     "learned": "learned",
     "learned_range": "learned_range",
 }
+_DECODERS = {SoftmaxDecoder: "softmax", GaussianDecoder: "discretized_gaussian", DensityDecoder: "gaussian_density"}
 _BATCH_ELEMENTS = 1 << 18  # of the default batch size: keeps the CPU's caches and a small GPU's memory in view
 _PIL_LEVELS = {"L": 256, "RGB": 256, "RGBA": 256, "LA": 256, "1": 2}
 
@@ -59,7 +70,7 @@ def evaluate_likelihood(
     num_steps: int | None = None,
     grid: Grid | Sequence[float] | Tensor | None = None,
     num_samples: int = 16,
-    num_levels: int | Literal["auto"] = "auto",
+    num_levels: int | Literal["auto"] | None = "auto",
     pixel_encoding: PixelEncoding | Literal["auto"] = "auto",
     batch_size: int | None = None,
     class_labels: int | Sequence[int] | Tensor | str | None = None,
@@ -71,13 +82,19 @@ def evaluate_likelihood(
     variance_reduction: bool = True,
     target_standard_error: float | None = None,
     max_model_evaluations: int | None = None,
+    dequantization: Dequantization = "none",
+    divergence: Divergence = "hutchinson",
+    tolerance: float = 1e-5,
+    resume_dir: str | Path | None = None,
 ) -> LikelihoodReport:
     r"""Bits/dim of images under a diffusion model, with the error of the estimate.
 
-    The bound is -ln p(x) <= prior + diffusion + reconstruction. Two methods estimate it:
+    The first two methods estimate the bound -ln p(x) <= prior + diffusion + reconstruction:
 
     - `"continuous"`: the diffusion term is an integral over log SNR (VDM). Default for schedules given in log SNR.
     - `"discrete"`: the bound of a chain of `num_steps` steps. Default for tables of betas, with the table's own steps.
+    - `"importance_weighted"`: the K-sample bound of that chain, tighter, from K = `num_samples` // 2 whole chains, twice.
+    - `"ode"`: -ln p of the probability-flow ODE, another model with the same network; `num_samples` trajectories an image.
 
     A schedule given in log SNR ends at `z_0`, and its pixels are decoded by VDM's softmax, whose expectation is computed exactly. A table
     of betas ends at `x_1` with DDPM's discretised Gaussian around the network's `x_hat`, of the posterior variance of the
@@ -92,7 +109,7 @@ def evaluate_likelihood(
             of PIL images; or a `datasets.Dataset` with a column of images. Each image is counted once.
         scheduler: what the model was trained with, a [`VDMScheduler`] or one of Diffusers' with a table of betas. Default:
             the pipeline's.
-        method: `"continuous"` or `"discrete"`.
+        method: see above.
         num_steps: steps of the discrete chain. Default: the scheduler's `num_train_timesteps`.
         grid: where they are: `"time"`, uniform in t (in a table's index); `"log_snr"`, uniform in log SNR; `"optimal"`, chosen by dynamic
             programming for the smallest bound (needs the scheduler's `optimal_variance`); or the log SNRs themselves, decreasing, both
@@ -100,7 +117,8 @@ def evaluate_likelihood(
             every step is an entry of the table.
         num_samples: evaluations of the model for an image, spread evenly over time. If there are enough for every step of the
             chain, the steps are summed, as many times over as `num_samples` allows.
-        num_levels: number of levels of a pixel. Default: the pipeline's own, else 256.
+        num_levels: number of levels of a pixel. Default: the pipeline's own, else 256. `None`: the data are continuous, floats as the
+            model takes them, with a Gaussian decoder; read `nats_per_dim`.
         pixel_encoding: `"bin_center"` or `"endpoint"`, how the model was trained to see level k. Default: a `VDMPipeline`'s own;
             `"endpoint"` for other pipelines, which is what Diffusers trains with; `"bin_center"` for a model without a pipeline.
         batch_size: evaluations at a time. The result does not depend on it.
@@ -114,6 +132,15 @@ def evaluate_likelihood(
             the plain stratified average, in which images do not touch each other.
         target_standard_error: bits/dim; go on beyond `num_samples` until `standard_error` is at most this.
         max_model_evaluations: in all; where to stop whether or not the target is reached.
+        dequantization: for the ODE: `"none"` (the noise of `z_0` and the softmax decoder), `"uniform"` or `"truncated_normal"`; all give
+            bounds on the flow's -ln p of the integers. See `vdm_diffusers.probability_flow`.
+        divergence: for the ODE: `"hutchinson"` (one fixed probe a trajectory, unbiased) or `"exact"` (D backward passes a step).
+        tolerance: of the ODE's solver, relative and absolute.
+        resume_dir: a folder for partial results: an evaluation with the same arguments, images and weights that was cut off goes
+            on from there. Without `generator` the seed is then 0. For `"continuous"` and `"discrete"`.
+
+    Under `accelerate launch` or `torchrun`, with the process group initialised, the processes share the images of the first two
+    methods, and all of them get the report; images and arguments must be the same everywhere.
 
     Returns:
         [`LikelihoodReport`]: `bits_per_dim`, `standard_error` (of the estimate, for these images), `sampling_error` (between images),
@@ -136,65 +163,108 @@ def evaluate_likelihood(
     chain = _adopt(scheduler)
     if method is None:
         method = "continuous" if chain.is_log_snr_schedule else "discrete"
-    if method not in ("continuous", "discrete"):
-        raise ValueError(f"`method` must be 'continuous' or 'discrete', got {method!r}.")
-    for name, value in (("num_steps", num_steps), ("grid", grid)):
-        if value is not None and method != "discrete":
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
+    is_chain = method in ("discrete", "importance_weighted")
+    chain_only: dict[str, Any] = {"num_steps": num_steps, "grid": grid}
+    for name, value in chain_only.items():
+        if value is not None and not is_chain:
             raise ValueError(f"`{name}` belongs to method='discrete', got {value} with method={method!r}.")
-    kind = _reverse_variance(variance_type or chain.config.variance_type, method, num_steps, chain)
-    term: DiffusionTerm
+    bounds_only: dict[str, Any] = {
+        "target_standard_error": target_standard_error,
+        "max_model_evaluations": max_model_evaluations,
+        "resume_dir": resume_dir,
+    }
+    for name, value in bounds_only.items():
+        if value is not None and method not in ("continuous", "discrete"):
+            raise ValueError(f"`{name}` belongs to methods 'continuous' and 'discrete', got method={method!r}.")
+    schedule = chain.noise_schedule
+    kind = _reverse_variance(variance_type or chain.config.variance_type, is_chain, num_steps, chain)
+    term: DiffusionTerm | None = None
     if method == "continuous":
-        term = ContinuousTerm(chain.noise_schedule.log_snr_max, chain.noise_schedule.log_snr_min)
-    else:
-        term = _chain_term(chain, num_steps, grid, kind)
-    decoder = _decoder(chain, kind)
+        term = ContinuousTerm(schedule.log_snr_max, schedule.log_snr_min)
+    elif is_chain:
+        if (
+            grid is None
+            and kind == "optimal"
+            and num_steps is not None
+            and num_steps < chain.config.num_train_timesteps
+        ):
+            grid = "optimal"
+        log_snrs = chain_log_snrs(chain, num_steps, grid)
+        term = DiscreteTerm(log_snrs, kind, _optimal(chain) if kind == "optimal" else None)
+    decoder = _decoder(chain, kind, num_levels)
     learned = kind if kind in ("learned", "learned_range") else None
     levels, denoiser, device, batch_size = _prepare(
-        network,
-        chain,
-        images,
-        class_labels,
-        num_levels,
-        pixel_encoding,
-        model_kwargs,
-        batch_size,
-        learned,
-        clip_denoised,
-    )
+        network, chain, images, class_labels, num_levels, pixel_encoding, model_kwargs, batch_size, learned, clip_denoised
+    )  # fmt: skip
+    settings = {
+        "num_steps": term.num_steps + isinstance(decoder, GaussianDecoder) if isinstance(term, DiscreteTerm) else None,
+        "num_samples": num_samples,
+        "num_levels": num_levels,
+        "pixel_encoding": None if num_levels is None else pixel_encoding,
+        "prediction_type": chain.config.prediction_type,
+        "reverse_variance": kind if is_chain else None,
+        "decoder": _DECODERS[type(decoder)] if dequantization == "none" else None,
+        "log_snr_max": schedule.log_snr_max,
+        "log_snr_min": schedule.log_snr_min,
+        "clip_denoised": clip_denoised,
+        "dtype": str(_device_and_dtype(network)[1]).removeprefix("torch."),
+    }
+    seed = 0 if generator is None and resume_dir is not None else _shared_seed(generator)
+    per_image = num_samples
+    if isinstance(term, DiscreteTerm) and method == "importance_weighted":
+        per_image = num_samples // 2 * 2 * (term.num_steps + isinstance(decoder, GaussianDecoder))
     with (
         _eval_mode(network),
         torch.no_grad(),
-        tqdm(total=len(levels) * num_samples, disable=not progress_bar, unit="eval") as bar,
+        tqdm(total=len(levels) * per_image, disable=not progress_bar or _rank_and_size()[0] > 0) as bar,
     ):
-        report = evaluate_bound(
-            denoiser,
-            levels,
-            term,
-            decoder,
-            chain.noise_schedule.log_snr_min,
-            num_samples=num_samples,
-            batch_size=batch_size,
-            seed=_seed(generator),
-            device=device,
-            variance_reduction=variance_reduction,
-            target_standard_error=target_standard_error,
-            max_model_evaluations=max_model_evaluations,
-            progress=bar.update,
-        )
-    report.settings.update(
-        num_steps=term.num_steps + isinstance(decoder, GaussianDecoder) if isinstance(term, DiscreteTerm) else None,
-        num_samples=num_samples,
-        num_levels=num_levels,
-        pixel_encoding=pixel_encoding,
-        prediction_type=chain.config.prediction_type,
-        reverse_variance=None if method == "continuous" else kind,
-        decoder="softmax" if isinstance(decoder, SoftmaxDecoder) else "discretized_gaussian",
-        log_snr_max=chain.noise_schedule.log_snr_max,
-        log_snr_min=chain.noise_schedule.log_snr_min,
-        clip_denoised=clip_denoised,
-        variance_reduction=variance_reduction,
-        dtype=str(_device_and_dtype(network)[1]).removeprefix("torch."),
-    )
+        common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "device": device, "progress": bar.update}
+        if method == "ode":
+            report = evaluate_flow(
+                denoiser,
+                levels,
+                schedule.log_snr_max,
+                schedule.log_snr_min,
+                num_samples=num_samples,
+                dequantization=dequantization,
+                divergence=divergence,
+                rtol=tolerance,
+                atol=tolerance,
+                **common,
+            )
+        elif method == "importance_weighted":
+            report = evaluate_importance_weighted(
+                denoiser,
+                levels,
+                cast(DiscreteTerm, term),
+                decoder,
+                schedule.log_snr_min,
+                num_samples=num_samples,
+                **common,
+            )
+        else:
+            settings["variance_reduction"] = variance_reduction
+            folder = (
+                None
+                if resume_dir is None
+                else _resume_folder(Path(resume_dir), network, denoiser, levels, settings, seed, term)
+            )
+            report = evaluate_bound(
+                denoiser,
+                levels,
+                cast(DiffusionTerm, term),
+                decoder,
+                schedule.log_snr_min,
+                num_samples=num_samples,
+                variance_reduction=variance_reduction,
+                target_standard_error=target_standard_error,
+                max_model_evaluations=max_model_evaluations,
+                runner=partial(_run_shared, folder),
+                **common,
+            )
+    report.settings.update(settings)
     return report
 
 
@@ -205,7 +275,7 @@ def estimate_optimal_variance(
     scheduler: Any = None,
     num_knots: int = 64,
     num_samples: int = 16,
-    num_levels: int | Literal["auto"] = "auto",
+    num_levels: int | Literal["auto"] | None = "auto",
     pixel_encoding: PixelEncoding | Literal["auto"] = "auto",
     batch_size: int | None = None,
     class_labels: int | Sequence[int] | Tensor | str | None = None,
@@ -258,7 +328,7 @@ def _prepare(
     scheduler: Any,
     images: Any,
     class_labels: Any,
-    num_levels: int,
+    num_levels: int | None,
     pixel_encoding: PixelEncoding,
     model_kwargs: dict[str, Any] | None,
     batch_size: int | None,
@@ -290,8 +360,8 @@ def _prepare(
 
 
 def _unpack(
-    model: Any, scheduler: Any, num_levels: int | str, pixel_encoding: str
-) -> tuple[Callable[..., Any], Any, int, PixelEncoding]:
+    model: Any, scheduler: Any, num_levels: int | str | None, pixel_encoding: str
+) -> tuple[Callable[..., Any], Any, int | None, PixelEncoding]:
     """Network, scheduler, levels and encoding of a pipeline or of a model with its scheduler."""
     components = getattr(model, "components", None)
     own: dict[str, Any] = {"num_levels": 256, "pixel_encoding": "bin_center"}
@@ -323,8 +393,10 @@ def _unpack(
         raise ValueError(f"`model` must be a pipeline or a callable (sample, timestep), got {type(model).__name__}.")
     levels = own["num_levels"] if num_levels == "auto" else num_levels
     encoding = own["pixel_encoding"] if pixel_encoding == "auto" else pixel_encoding
-    if not isinstance(levels, int) or isinstance(levels, bool) or levels < 2:
-        raise ValueError(f"`num_levels` must be a whole number of at least 2, got {levels!r}.")
+    if levels is not None and (not isinstance(levels, int) or isinstance(levels, bool) or levels < 2):
+        raise ValueError(
+            f"`num_levels` must be a whole number of at least 2 (None for continuous data), got {levels!r}."
+        )
     if encoding not in PIXEL_ENCODINGS:
         raise ValueError(f"`pixel_encoding` must be one of {', '.join(PIXEL_ENCODINGS)}, got {encoding!r}.")
     return model, scheduler, levels, cast(PixelEncoding, encoding)
@@ -353,7 +425,7 @@ def _adopt(scheduler: Any) -> Any:
     return scheduler
 
 
-def _reverse_variance(variance_type: str, method: str, num_steps: int | None, scheduler: Any) -> ReverseVariance:
+def _reverse_variance(variance_type: str, is_chain: bool, num_steps: int | None, scheduler: Any) -> ReverseVariance:
     if variance_type not in _REVERSE_VARIANCES:
         raise ValueError(
             f"`variance_type` must be one of {', '.join(_REVERSE_VARIANCES)}, got {variance_type!r}: pass one of them."
@@ -361,9 +433,9 @@ def _reverse_variance(variance_type: str, method: str, num_steps: int | None, sc
     kind = _REVERSE_VARIANCES[variance_type]
     if not kind.startswith("learned"):
         return kind
-    if method == "continuous":
+    if not is_chain:
         raise ValueError(
-            f"variance_type={variance_type!r} cannot be used in continuous time, where the reverse variance is the posterior's. Take "
+            f"variance_type={variance_type!r} cannot be used in continuous time, where no reverse variance remains. Take "
             "method='discrete', or variance_type='fixed_small' to leave the network's variance aside."
         )
     steps = scheduler.config.num_train_timesteps
@@ -437,14 +509,9 @@ def _between(schedule: Any, num_steps: int) -> Tensor:
     return (1 - t) * schedule.log_snr_max + t * schedule.log_snr_min
 
 
-def _chain_term(
-    scheduler: Any, num_steps: int | None, grid: Grid | Sequence[float] | Tensor | None, kind: ReverseVariance
-) -> DiscreteTerm:
-    log_snrs = chain_log_snrs(scheduler, num_steps, grid)
-    return DiscreteTerm(log_snrs, kind, _optimal(scheduler) if kind == "optimal" else None)
-
-
-def _decoder(scheduler: Any, kind: ReverseVariance) -> Decoder:
+def _decoder(scheduler: Any, kind: ReverseVariance, num_levels: int | None) -> Decoder:
+    if num_levels is None:
+        return DensityDecoder(scheduler.noise_schedule.log_snr_max)
     if scheduler.is_log_snr_schedule:
         return SoftmaxDecoder(scheduler.noise_schedule.log_snr_max)
     first, second = scheduler.log_snr(torch.tensor([0.0, 1.0])).double()
@@ -533,10 +600,76 @@ def _seed(generator: torch.Generator | None) -> int:
     return int(torch.randint(2**62, (), generator=generator, device=device))
 
 
+# --- sharing and keeping the work --------------------------------------------------------------------------------------
+
+
+def _rank_and_size() -> tuple[int, int]:
+    """This process and how many there are: of the process group that Accelerate or torchrun has set up."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def _shared_seed(generator: torch.Generator | None) -> int:
+    """A seed drawn from `generator`: the first process's, everywhere."""
+    seed = [_seed(generator)]
+    if _rank_and_size()[1] > 1:
+        torch.distributed.broadcast_object_list(seed, src=0)
+    return seed[0]
+
+
+def _run_shared(folder: Path | None, work: Sequence[tuple[str, Callable[[], Tensor]]]) -> list[Tensor]:
+    """Every process does its share and gets all results; what is found in `folder` is not done again."""
+    rank, size = _rank_and_size()
+    mine = {}
+    for number, (name, compute) in enumerate(work):
+        if number % size == rank:
+            mine[number] = compute() if folder is None else _kept(folder / f"{name}.safetensors", compute)
+    everything = [mine]
+    if size > 1:
+        everything = [{}] * size
+        torch.distributed.all_gather_object(everything, mine)
+    results = {number: result for part in everything for number, result in part.items()}
+    return [results[number] for number in range(len(work))]
+
+
+def _kept(file: Path, compute: Callable[[], Tensor]) -> Tensor:
+    """The tensor in `file`, or one computed now and written there, whole or not at all."""
+    if file.exists():
+        return load_file(file)["result"]
+    result = compute()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}")
+    save_file({"result": result}, unfinished)
+    unfinished.replace(file)
+    return result
+
+
+def _resume_folder(
+    parent: Path,
+    network: Callable[..., Any],
+    model: DenoisingModel,
+    levels: Tensor,
+    settings: dict[str, Any],
+    seed: int,
+    term: DiffusionTerm | None,
+) -> Path:
+    """A folder that only an evaluation of the same weights, images and settings finds again."""
+    digest = hashlib.sha256(repr((sorted(settings.items()), seed, tuple(levels.shape))).encode())
+    tensors = [levels, *(network.state_dict().values() if isinstance(network, nn.Module) else ())]
+    if isinstance(model.predict, _Predictor):
+        tensors += [value for _, value in sorted(model.predict.per_image.items())]
+    if isinstance(term, DiscreteTerm):
+        tensors += [term.grid, *([term.optimal.log_snr, term.optimal.mse] if term.optimal is not None else [])]
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return parent / digest.hexdigest()[:24]
+
+
 # --- images ------------------------------------------------------------------------------------------------------------
 
 
-def _load_images(images: Any, class_labels: Any, num_levels: int) -> tuple[Tensor, Any]:
+def _load_images(images: Any, class_labels: Any, num_levels: int | None) -> tuple[Tensor, Any]:
     """All images as one integer tensor (N, C, H, W), and the labels, read from the data set if they name a column."""
     if isinstance(images, PIL.Image.Image):
         images = [images]
@@ -568,8 +701,19 @@ def _load_images(images: Any, class_labels: Any, num_levels: int) -> tuple[Tenso
     return levels, class_labels
 
 
-def _to_levels(batch: Any, num_levels: int) -> Tensor:
+def _to_levels(batch: Any, num_levels: int | None) -> Tensor:
     """One tensor batch or PIL image as integers (B, C, H, W) on the CPU, in the smallest dtype."""
+    if num_levels is None:
+        if not (
+            isinstance(batch, Tensor)
+            and batch.is_floating_point()
+            and batch.ndim == 4
+            and bool(batch.isfinite().all())
+        ):
+            raise ValueError(
+                "with `num_levels=None` `images` must be finite floats (N, C, H, W), as the model takes them."
+            )
+        return batch.detach().cpu().float()
     if isinstance(batch, PIL.Image.Image):
         mode_levels = _PIL_LEVELS.get(batch.mode)
         if mode_levels is None:
@@ -636,11 +780,12 @@ def _check_size(network: Callable[..., Any], levels: Tensor) -> None:
 
 
 def _load_labels(network: Callable[..., Any], class_labels: Any, num_images: int) -> Tensor | None:
-    config = getattr(network, "config", None)
-    classes = config.get("num_class_embeds") if config is not None else None
+    classes, default = num_classes(network), default_label(network)
     if class_labels is None:
+        if default is not None:
+            return torch.full((num_images,), default)
         if classes is not None:
-            raise ValueError(f"`class_labels` are needed: the model has num_class_embeds={classes}.")
+            raise ValueError(f"`class_labels` are needed: the model has {classes} classes.")
         return None
     labels = torch.as_tensor(class_labels)
     if labels.is_floating_point() or labels.ndim > 1 or (labels.ndim == 1 and len(labels) != num_images):

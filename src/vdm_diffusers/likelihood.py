@@ -28,9 +28,15 @@ import torch
 from torch import Tensor
 
 from .control_variates import NUM_FEATURES, Surrogate, WienerDenoiser, gauss_legendre, hat_weights
-from .decoders import PixelEncoding, bin_width, discretized_gaussian_log_likelihood, encode_pixels
+from .decoders import (
+    PixelEncoding,
+    bin_width,
+    discretized_gaussian_log_likelihood,
+    encode_pixels,
+    softmax_log_likelihood,
+)
 from .elbo import discrete_weight_x, prior_kl
-from .gaussian import diffuse, posterior_coefficients
+from .gaussian import alpha_sigma, diffuse, posterior_coefficients
 from .numerics import as_float64, expand_to, sum_except_batch
 from .prediction import PredictionType, convert, loss_weight_ratio, prediction_target
 from .reverse_variance import (
@@ -87,6 +93,11 @@ class LikelihoodReport:
         return self._bits(self.nats)
 
     @property
+    def nats_per_dim(self) -> float:
+        """The mean over the images, in nats for each dimension: the usual unit for continuous data."""
+        return float(self.nats.double().mean()) / self.num_dims
+
+    @property
     def sampling_error(self) -> float:
         """bits/dim, std / sqrt(N) between the images: how far another sample of N images would differ. NaN for one image."""
         if len(self.nats) < 2:
@@ -137,17 +148,33 @@ class DenoisingModel:
     Attributes:
         predict: see `Predict`.
         prediction_type: what the (first half of the channels of the) output predicts.
-        num_levels, pixel_encoding: how integer data are put into [-1, 1].
+        num_levels, pixel_encoding: how integer data are put into [-1, 1]; num_levels=None: the data are continuous, as they are.
         learned_variance: None, or the meaning of the output's second half of channels.
         clip_denoised: clamp x_hat to [-1, 1]. The bound holds for any x_hat: this is another model, not another estimate.
     """
 
     predict: Predict
     prediction_type: PredictionType
-    num_levels: int = 256
+    num_levels: int | None = 256
     pixel_encoding: PixelEncoding = "bin_center"
     learned_variance: Literal["learned", "learned_range"] | None = None
     clip_denoised: bool = False
+
+    def check(self, levels: Tensor) -> None:
+        """Raise ValueError unless there are images, whose values fit."""
+        if len(levels) == 0:
+            raise ValueError("`images` holds no image.")
+        if self.num_levels is None:
+            return
+        low, high = int(levels.min()), int(levels.max())
+        if not 0 <= low <= high < self.num_levels:
+            raise ValueError(
+                f"`images` must hold levels in 0..{self.num_levels - 1}, got {low}..{high}. Is `num_levels` right?"
+            )
+
+    def encode(self, data: Tensor) -> Tensor:
+        """Integers, or continuous data, as the diffusion sees them: float32."""
+        return data.float() if self.num_levels is None else encode_pixels(data, self.num_levels, self.pixel_encoding)
 
     def outputs(self, z_t: Tensor, log_snr: Tensor, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """The network's prediction (M, C, ...) and its variance channels (M, C, ...) or None.
@@ -271,7 +298,7 @@ class ContinuousTerm(DiffusionTerm):
         return site
 
     def nats(self, site: Tensor, square: Tensor, to_x: Tensor, variance: Tensor | None) -> Tensor:
-        return 0.5 * site.exp() * to_x * _sum64(square)
+        return 0.5 * site.exp() * to_x * sum64(square)
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,9 +354,10 @@ class DiscreteTerm(DiffusionTerm):
         s, t = self.grid[site.long() - 1], self.grid[site.long()]
         if self.reverse_variance in ("posterior", "learned", "learned_range"):  # 1/2 (SNR_s - SNR_t)
             return discrete_weight_x(s, t)
-        return 0.5 * posterior_coefficients(t, s).x ** 2 / self._variance(site)
+        return 0.5 * posterior_coefficients(t, s).x ** 2 / self.variance(site)
 
-    def _variance(self, site: Tensor) -> Tensor:
+    def variance(self, site: Tensor) -> Tensor:
+        """The scalar reverse variance at a site (of learned ones: the posterior's)."""
         s, t = self.grid[site.long() - 1], self.grid[site.long()]
         if self.optimal is not None:
             return self.optimal.variance(s, t)
@@ -343,19 +371,19 @@ class DiscreteTerm(DiffusionTerm):
         if self.reverse_variance in ("posterior", "learned", "learned_range"):
             return torch.zeros_like(site)
         posterior = posterior_variance(self.grid[site.long() - 1], self.grid[site.long()])
-        excess = (posterior - self._variance(site)) / self._variance(site)
+        excess = (posterior - self.variance(site)) / self.variance(site)
         return 0.5 * num_dims * (excess - torch.log1p(excess))
 
     def nats(self, site: Tensor, square: Tensor, to_x: Tensor, variance: Tensor | None) -> Tensor:
         if self.reverse_variance not in ("learned", "learned_range"):
-            return self.constant(site, square[0].numel()) + self._scale_x(site) * to_x * _sum64(square)
+            return self.constant(site, square[0].numel()) + self._scale_x(site) * to_x * sum64(square)
         if variance is None:
             raise ValueError("a learned reverse variance needs a network that predicts it.")
         s, t = self.grid[site.long() - 1], self.grid[site.long()]
         posterior = posterior_coefficients(t, s)
-        reverse = _learned_variance(variance, self.reverse_variance, posterior.variance, forward_variance(s, t))
+        reverse = learned_variance_of(variance, self.reverse_variance, posterior.variance, forward_variance(s, t))
         ratio = expand_to(posterior.variance, reverse) / reverse
-        return 0.5 * _sum64(ratio - 1 - ratio.log() + expand_to(posterior.x**2 * to_x, reverse) * square / reverse)
+        return 0.5 * sum64(ratio - 1 - ratio.log() + expand_to(posterior.x**2 * to_x, reverse) * square / reverse)
 
 
 # --- decoders ----------------------------------------------------------------------------------------------------------
@@ -392,15 +420,35 @@ class GaussianDecoder:
         if self.learned is not None:
             if variance is None:
                 raise ValueError("a learned decoder variance needs a network that predicts it.")
-            used = _learned_variance(
+            used = learned_variance_of(
                 variance, self.learned, as_float64(self.variance), as_float64(self.upper_variance)
             )
+        if model.num_levels is None:
+            raise ValueError("continuous data have no levels that DDPM's decoder could weigh: use DensityDecoder.")
         return -discretized_gaussian_log_likelihood(
             levels, x_hat, used, num_levels=model.num_levels, pixel_encoding=model.pixel_encoding
         )
 
 
-Decoder = SoftmaxDecoder | GaussianDecoder
+@dataclass(frozen=True)
+class DensityDecoder:
+    """The Gaussian density N(x; z_0 / alpha_0, (sigma_0 / alpha_0)^2) of continuous data: no network, no sampling."""
+
+    log_snr_0: float
+
+
+Decoder = SoftmaxDecoder | GaussianDecoder | DensityDecoder
+
+
+def expected_reconstruction(model: DenoisingModel, decoder: SoftmaxDecoder | DensityDecoder, levels: Tensor) -> Tensor:
+    """E[-ln p(x | z_0)], exactly: (N,) nats."""
+    if isinstance(decoder, DensityDecoder):
+        per_dim = 0.5 * (math.log(2 * math.pi * math.e) - decoder.log_snr_0)
+        return torch.full((len(levels),), levels[0].numel() * per_dim, dtype=torch.float64)
+    if model.num_levels is None:
+        raise ValueError("continuous data have no levels that a softmax could decode: use DensityDecoder.")
+    table = expected_softmax_nats(decoder.log_snr_0, model.num_levels, model.pixel_encoding)
+    return torch.cat([sum_except_batch(table[part.long()]) for part in levels.split(1024)])
 
 
 def expected_softmax_nats(log_snr_0: float, num_levels: int, pixel_encoding: PixelEncoding) -> Tensor:
@@ -546,7 +594,7 @@ class _Problem:
         return self.levels[0].numel()
 
     def encode(self, rows: Tensor | slice) -> Tensor:
-        return encode_pixels(self.levels[rows], self.model.num_levels, self.model.pixel_encoding)
+        return self.model.encode(self.levels[rows])
 
 
 Runner = Callable[[Sequence[tuple[str, Callable[[], Tensor]]]], list[Tensor]]
@@ -599,13 +647,7 @@ def evaluate_bound(
     Raises:
         ValueError: no images, too few samples, levels outside the range, a network whose output does not fit.
     """
-    if len(levels) == 0:
-        raise ValueError("`images` holds no image.")
-    low, high = int(levels.min()), int(levels.max())
-    if not 0 <= low <= high < model.num_levels:
-        raise ValueError(
-            f"`images` must hold levels in 0..{model.num_levels - 1}, got {low}..{high}. Is `num_levels` right?"
-        )
+    model.check(levels)
     if target_standard_error is not None and not target_standard_error > 0:
         raise ValueError(f"`target_standard_error` must be positive, got {target_standard_error}.")
     count = len(levels)
@@ -620,7 +662,7 @@ def evaluate_bound(
         levels=levels,
         term=term,
         decoder=decoder,
-        wiener=WienerDenoiser.fit(encode_pixels(levels[some], model.num_levels, model.pixel_encoding)),
+        wiener=WienerDenoiser.fit(model.encode(levels[some])),
         batch_size=batch_size,
         seed=seed,
         device=torch.device(device),
@@ -655,10 +697,9 @@ def evaluate_bound(
     prior = torch.cat(
         [prior_kl(problem.encode(part), prior_log_snr) for part in torch.arange(count).split(1024)]
     ).double()
-    reconstruction = estimate.decoder
-    if isinstance(decoder, SoftmaxDecoder):
-        table = expected_softmax_nats(decoder.log_snr_0, model.num_levels, model.pixel_encoding)
-        reconstruction = torch.cat([sum_except_batch(table[part.long()]) for part in levels.split(1024)])
+    reconstruction = (
+        estimate.decoder if isinstance(decoder, GaussianDecoder) else expected_reconstruction(model, decoder, levels)
+    )
     return LikelihoodReport(
         method="discrete" if isinstance(term, DiscreteTerm) else "continuous",
         nats=prior + estimate.diffusion + reconstruction,
@@ -701,7 +742,9 @@ def _evaluate(problem: _Problem, num_samples: int, profile: Profile | None, numb
     layout = _Layout.of(count, num_samples, term, problem.decoder, share)
     groups = torch.arange(count).split(_group_size(count))
     placed = [
-        layout.place(len(rows), term, profile, torch.Generator().manual_seed(_mix(problem.seed, "shift", number, i)))
+        layout.place(
+            len(rows), term, profile, torch.Generator().manual_seed(mix_seed(problem.seed, "shift", number, i))
+        )
         for i, rows in enumerate(groups)
     ]
     site, inverse_density = (torch.cat(parts) for parts in zip(*placed, strict=True))
@@ -731,7 +774,7 @@ def _evaluate_block(
         row, column = flat // n, flat % n
         index = rows[row]
         k = problem.levels[index].to(device)
-        x = encode_pixels(k, model.num_levels, model.pixel_encoding)
+        x = model.encode(k)
         noise = _noise(index, column, x.shape[1:], problem.seed, number).to(device)
         own, at, ell = layout.is_decoder[column], site[index, column], log_snr[index, column]
         z_t = diffuse(x, noise, ell)
@@ -748,9 +791,9 @@ def _evaluate_block(
             ).to("cpu", torch.float64)
         directions = problem.wiener.directions(noise)
         loss, expected = problem.wiener.loss(problem.wiener.deviations(x), directions, ell)
-        excess = _sum64(directions**2) - problem.num_dims
+        excess = sum64(directions**2) - problem.num_dims
         result[:, row, column] = torch.stack(
-            [nats, ell.exp() * to_x * _sum64(square), expected, excess, loss - expected]
+            [nats, ell.exp() * to_x * sum64(square), expected, excess, loss - expected]
         )
         if problem.progress is not None:
             problem.progress(len(flat))
@@ -835,7 +878,7 @@ def _learned_profile(problem: _Problem, rounds: list[_Round]) -> Profile:
     # two evaluations' worth of the overall mean keeps an empty neighbourhood finite
     values = torch.sqrt((hats.T @ rest.square() + 2e-3 * overall) / (hats.sum(0) + 2e-3)).clamp(min=1e-150)
     profile = Profile(knots, values)
-    if isinstance(problem.decoder, SoftmaxDecoder):
+    if not isinstance(problem.decoder, GaussianDecoder):
         return profile
     # the best shares are in proportion to the deviations of a single evaluation of either kind
     decoded = [
@@ -964,16 +1007,140 @@ def measure_mse(
     for flat in torch.arange(total).split(batch_size):
         index, column = flat // num_samples, flat % num_samples
         k = levels[index].to(device)
-        x = encode_pixels(k, model.num_levels, model.pixel_encoding)
+        x = model.encode(k)
         noise = _noise(index, column, x.shape[1:], seed, -1).to(device)
         log_snr = knots[index_of_knot[flat]]
         z_t = diffuse(x, noise, log_snr)
         value, _ = model.outputs(z_t, log_snr, index)
         square, to_x = model.squared_error(value, x, noise, z_t, log_snr)
-        sums.index_add_(0, index_of_knot[flat], to_x * _sum64(square))
+        sums.index_add_(0, index_of_knot[flat], to_x * sum64(square))
         if progress is not None:
             progress(len(flat))
     return OptimalVariance(knots, sums / number / levels[0].numel())
+
+
+def evaluate_importance_weighted(
+    model: DenoisingModel,
+    levels: Tensor,
+    term: DiscreteTerm,
+    decoder: Decoder,
+    prior_log_snr: float,
+    *,
+    num_samples: int = 16,
+    batch_size: int = 256,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> LikelihoodReport:
+    """The K-sample bound -ln p(x) <= -E ln 1/K sum_k w_k, w = p(x, z_0..z_T) / q(z_0..z_T | x), over the whole chain.
+
+    Chains are drawn backwards, z_T from q(z_T | x), then q(z_s | z_t, x), and every step adds its sampled log ratio. Two independent bounds of
+    K = num_samples // 2 chains give the error. For K = 1 it is the discrete bound; it falls as K grows.
+
+    Raises:
+        ValueError: fewer than two samples, data or outputs that do not fit.
+    Source: Burda et al. 2016, "Importance weighted autoencoders", equation 8.
+    """
+    model.check(levels)
+    if num_samples < 2:
+        raise ValueError(
+            f"`num_samples` must be at least 2, got {num_samples}: the error bar comes from two independent bounds."
+        )
+    samples, count, num_dims = num_samples // 2, len(levels), levels[0].numel()
+    # rows of at most batch_size chains of one image and one of its two bounds, each with a generator of its own
+    parts = [(image, r, part) for image in range(count) for r in range(2) for part in range(0, samples, batch_size)]
+    sizes = [min(batch_size, samples - part) for _, _, part in parts]
+    log_weights = torch.full((count, 2, samples), math.nan, dtype=torch.float64)
+    first = 0
+    while first < len(parts):
+        last, total = first, 0
+        while last < len(parts) and (last == first or total + sizes[last] <= batch_size):
+            total, last = total + sizes[last], last + 1
+        mine, lengths = parts[first:last], sizes[first:last]
+        generators = [torch.Generator().manual_seed(mix_seed(seed, "chain", *part)) for part in mine]
+        index = torch.repeat_interleave(torch.tensor([image for image, _, _ in mine]), torch.tensor(lengths))
+        values = _chain_log_weights(
+            model, levels, term, decoder, prior_log_snr, index, lengths, generators, device, progress
+        )
+        for (image, r, part), value in zip(mine, values.split(lengths), strict=True):
+            log_weights[image, r, part : part + len(value)] = value
+        first = last
+    bounds = math.log(samples) - log_weights.logsumexp(2)
+    variance = float((bounds.diff(dim=1) ** 2).sum()) / 4
+    return LikelihoodReport(
+        method="importance_weighted",
+        nats=bounds.mean(1),
+        prior=None,
+        diffusion=None,
+        reconstruction=None,
+        num_dims=num_dims,
+        standard_error=math.sqrt(variance) / count / num_dims / math.log(2),
+        is_bound=True,
+        num_model_evaluations=count * 2 * samples * (term.num_steps + isinstance(decoder, GaussianDecoder)),
+        settings={"num_importance_samples": samples},
+    )
+
+
+def _chain_log_weights(
+    model: DenoisingModel,
+    levels: Tensor,
+    term: DiscreteTerm,
+    decoder: Decoder,
+    prior_log_snr: float,
+    index: Tensor,
+    lengths: list[int],
+    generators: list[torch.Generator],
+    device: torch.device | str,
+    progress: Callable[[int], None] | None,
+) -> Tensor:
+    """ln p(x, z_0..z_T) - ln q(z_0..z_T | x) of one chain for each row: (M,) float64."""
+    k = levels[index].to(device)
+    x = model.encode(k)
+
+    def draw() -> Tensor:
+        parts = [torch.randn(n, *x.shape[1:], generator=g) for n, g in zip(lengths, generators, strict=True)]
+        return torch.cat(parts).to(device)
+
+    noise = draw()
+    log_snr = torch.full((len(x),), prior_log_snr, dtype=torch.float64)
+    z = diffuse(x, noise, log_snr)
+    log_sigma = 0.5 * float(torch.nn.functional.logsigmoid(-as_float64(prior_log_snr)))
+    log_weight = 0.5 * sum64(noise**2) - 0.5 * sum64(z**2) + x[0].numel() * log_sigma
+    for site in range(term.num_steps, 0, -1):
+        at = torch.full((len(x),), float(site), dtype=torch.float64)
+        s, t = term.grid[site - 1], term.grid[site]
+        log_snr = t.expand(len(x))
+        value, output = model.outputs(z, log_snr, index)
+        difference = as_float64(x - model.denoised(value, z, log_snr))
+        posterior = posterior_coefficients(t, s)
+        if output is not None:
+            reverse = learned_variance_of(output, term.reverse_variance, posterior.variance, forward_variance(s, t))
+        else:
+            reverse = expand_to(term.variance(at).to(difference.device), difference)
+        noise = draw()
+        excess = float(posterior.variance.sqrt()) * as_float64(noise) + float(posterior.x) * difference
+        ratio = float(posterior.variance) / reverse + torch.zeros_like(excess)
+        log_weight += 0.5 * sum64(as_float64(noise) ** 2 - excess**2 / reverse + ratio.log())
+        z = float(posterior.z) * z + float(posterior.x) * x + float(posterior.variance.sqrt()) * noise
+        if progress is not None:
+            progress(len(x))
+    at_0 = torch.full((len(x),), float(term.grid[0]), dtype=torch.float64)
+    if isinstance(decoder, GaussianDecoder):
+        value, output = model.outputs(z, at_0, index)
+        log_weight -= decoder.nats(model, k, model.denoised(value, z, at_0), output).to("cpu", torch.float64)
+        if progress is not None:
+            progress(len(x))
+    elif isinstance(decoder, SoftmaxDecoder) and model.num_levels is not None:
+        log_weight += softmax_log_likelihood(
+            k, z, at_0, num_levels=model.num_levels, pixel_encoding=model.pixel_encoding
+        ).to("cpu", torch.float64)
+    else:
+        alpha, _ = alpha_sigma(at_0)
+        rest = as_float64(x) - as_float64(z) / expand_to(alpha, as_float64(z))
+        log_weight -= 0.5 * (
+            math.exp(decoder.log_snr_0) * sum64(rest**2) + x[0].numel() * (math.log(2 * math.pi) - decoder.log_snr_0)
+        )
+    return log_weight
 
 
 class _LossCurve:
@@ -1012,23 +1179,23 @@ def _noise(index: Tensor, column: Tensor, shape: torch.Size, seed: int, number: 
     noise = torch.empty(len(index), *shape)
     keys, inverse = torch.stack([index, block]).unique(dim=1, return_inverse=True)
     for i, (image, part) in enumerate(keys.T.tolist()):
-        generator = torch.Generator().manual_seed(_mix(seed, "noise", number, image, part))
+        generator = torch.Generator().manual_seed(mix_seed(seed, "noise", number, image, part))
         mine = inverse == i
         noise[mine] = torch.randn(_NOISE_BLOCK, *shape, generator=generator)[position[mine]]
     return noise
 
 
-def _mix(seed: int, *parts: int | str) -> int:
+def mix_seed(seed: int, *parts: int | str) -> int:
     """A seed made of several: the same on every machine, and unrelated for neighbouring parts."""
     digest = hashlib.blake2b(repr((seed, *parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def _learned_variance(output: Tensor, kind: str, low: Tensor, high: Tensor) -> Tensor:
+def learned_variance_of(output: Tensor, kind: str, low: Tensor, high: Tensor) -> Tensor:
     """The reverse variance that the network's variance channels mean: (M, C, ...), float64 where the device has it."""
     return as_float64(output).exp() if kind == "learned" else learned_range_variance(as_float64(output), low, high)
 
 
-def _sum64(square: Tensor) -> Tensor:
+def sum64(square: Tensor) -> Tensor:
     """Sums over all dimensions but the first, float64 on the CPU."""
     return sum_except_batch(square.double() if square.device.type != "mps" else square).to("cpu", torch.float64)

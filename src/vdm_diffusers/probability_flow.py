@@ -1,0 +1,205 @@
+r"""The likelihood of a diffusion model as a flow: the probability-flow ODE.
+
+With y = z / alpha = x + s eps, s = sigma / alpha = e^(-log_snr / 2), the ODE with the diffusion's marginals is dy = eps_hat ds:
+
+    dy / d log_snr = -1/2 s eps_hat(z),     d ln p(y) / d log_snr = 1/2 s alpha tr(d eps_hat / d z),
+
+integrated from log_snr_max, where the data are, to log_snr_min, where p(z_1) = N(0, I). The interval above log_snr_max is never
+integrated. It is accounted for by starting from a draw y_0 of q(y_0 | x) instead of x: for any decoder p(x | y_0)
+
+    -ln p(x) <= E[ln q(y_0 | x) - ln p(y_0) - ln p(x | y_0)].
+
+    data, dequantization          y_0                                       nats of a draw
+    integers, none                x_k + s_0 eps, decoded by VDM's softmax   ln q(y_0 | x_k) - ln p(y_0) + E[-ln p(k | z_0)]
+    integers, uniform             x_k + bin (u - 1/2) + s_0 eps             -ln p(y_0) - D ln bin
+    integers, truncated_normal    x_k + s_0 eps, truncated to the bin       ln q(y_0 | k) - ln p(y_0)
+    continuous, none              x + s_0 eps, Gaussian decoder             -ln p(y_0)
+
+Source: Song et al. 2021, "Score-based generative modeling through stochastic differential equations", appendix D.2; Zheng et al. 2023,
+"Improved techniques for maximum likelihood estimation for diffusion ODEs" (truncated normal); Hutchinson 1989 (trace).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vdm_diffusers.decoders import bin_width, log_normal_mass
+from vdm_diffusers.gaussian import alpha_sigma
+from vdm_diffusers.likelihood import DenoisingModel, LikelihoodReport, expected_softmax_nats, mix_seed
+from vdm_diffusers.numerics import sum_except_batch
+from vdm_diffusers.prediction import convert
+
+Dequantization = Literal["none", "uniform", "truncated_normal"]
+Divergence = Literal["hutchinson", "exact"]
+
+
+def evaluate_flow(
+    model: DenoisingModel,
+    levels: Tensor,
+    log_snr_max: float,
+    log_snr_min: float,
+    *,
+    num_samples: int = 16,
+    dequantization: Dequantization = "none",
+    divergence: Divergence = "hutchinson",
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    batch_size: int = 256,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], None] | None = None,
+) -> LikelihoodReport:
+    """-ln p of the flow for each image, from `num_samples` trajectories with draws of y_0 and probes of their own.
+
+    Arguments:
+        levels: (N, C, ...) integers, or floats if the model has num_levels=None.
+        dequantization: see the module's table.
+        divergence: `hutchinson`, v^T (d eps_hat / d z) v for one Rademacher probe v, fixed along the trajectory; or `exact`, D
+            backward passes a step.
+        rtol, atol: of the solver, SciPy's Dormand-Prince 5(4), for all trajectories of a batch together.
+        batch_size: trajectories at a time.
+        seed: of the draws and probes, which do not depend on the batch.
+        progress: called with the number of trajectories done, after every batch.
+    Raises:
+        ImportError: SciPy is missing. ValueError: arguments that do not fit; a solver that gives up.
+    """
+    try:
+        from scipy.integrate import solve_ivp
+    except ImportError as error:
+        raise ImportError("method='ode' needs SciPy: pip install scipy.") from error
+    model.check(levels)
+    for name, value, allowed in (
+        ("dequantization", dequantization, get_args(Dequantization)),
+        ("divergence", divergence, get_args(Divergence)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
+    if model.num_levels is None and dequantization != "none":
+        raise ValueError(f"continuous data are not dequantized, got dequantization={dequantization!r}.")
+    if not (math.isfinite(log_snr_max) and math.isfinite(log_snr_min)):
+        raise ValueError(
+            f"the ODE needs finite end points, got log_snr from {log_snr_max} to {log_snr_min}: take method='discrete'."
+        )
+    if num_samples < 2:
+        raise ValueError(
+            f"`num_samples` must be at least 2, got {num_samples}: the error bar comes from their scatter."
+        )
+
+    count, num_dims = len(levels), levels[0].numel()
+    nats = torch.empty(count * num_samples, dtype=torch.float64)
+    evaluations = 0
+    for flat in torch.arange(count * num_samples).split(batch_size):
+        index = flat // num_samples
+        data = levels[index]
+        draws = [
+            _draw(model, one, log_snr_max, dequantization, mix_seed(seed, "ode", number))
+            for one, number in zip(data, flat.tolist(), strict=True)
+        ]
+        start, probe, offset = (torch.stack(parts) for parts in zip(*draws, strict=True))
+        size = len(flat)
+
+        def derivative(log_snr: float, state: object) -> object:
+            nonlocal evaluations
+            evaluations += size  # noqa: B023
+            y = torch.as_tensor(state)[: size * num_dims].reshape(start.shape)  # noqa: B023
+            slope, change = _derivative(model, y, log_snr, index, probe, divergence, device)  # noqa: B023
+            return torch.cat([slope.flatten(), change]).numpy()
+
+        initial = torch.cat([start.flatten(), torch.zeros(size, dtype=torch.float64)]).numpy()
+        solution = solve_ivp(
+            derivative, (log_snr_max, log_snr_min), initial, method="RK45", rtol=rtol, atol=atol, t_eval=[log_snr_min]
+        )
+        if not solution.success:
+            raise ValueError(
+                f"the ODE's solver gave up: {solution.message} Is the network smooth between its timesteps?"
+            )
+        final = torch.as_tensor(solution.y[:, -1])
+        alpha, _ = alpha_sigma(log_snr_min)
+        z = alpha * final[: size * num_dims].reshape(size, num_dims)
+        log_density_1 = -0.5 * (z**2).sum(1) + num_dims * (alpha.log() - 0.5 * math.log(2 * math.pi))
+        nats[flat] = offset - (log_density_1 - final[size * num_dims :])
+        if progress is not None:
+            progress(size)
+    nats = nats.reshape(count, num_samples)
+    if model.num_levels is not None and dequantization == "none":
+        table = expected_softmax_nats(log_snr_max, model.num_levels, model.pixel_encoding)
+        nats = nats + torch.cat([sum_except_batch(table[part.long()]) for part in levels.split(1024)])[:, None]
+    variance = float((nats.var(1) / num_samples).sum())
+    return LikelihoodReport(
+        method="ode",
+        nats=nats.mean(1),
+        prior=None,
+        diffusion=None,
+        reconstruction=None,
+        num_dims=num_dims,
+        standard_error=math.sqrt(variance) / count / num_dims / math.log(2),
+        is_bound=True,
+        num_model_evaluations=evaluations,
+        settings={"dequantization": dequantization, "divergence": divergence, "rtol": rtol, "atol": atol},
+    )
+
+
+def _draw(
+    model: DenoisingModel, data: Tensor, log_snr_max: float, dequantization: Dequantization, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y_0 and a probe, of the image's shape, and what has to be added to -ln p(y_0): float64."""
+    generator = torch.Generator().manual_seed(seed)
+    x = model.encode(data).double()
+    deviation = math.exp(-log_snr_max / 2)
+    probe = torch.randint(0, 2, x.shape, generator=generator).double() * 2 - 1
+    noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    offset = torch.zeros((), dtype=torch.float64)
+    if model.num_levels is None:
+        return x + deviation * noise, probe, offset
+    width = bin_width(model.num_levels, model.pixel_encoding)
+    if dequantization == "uniform":
+        u = torch.rand(x.shape, generator=generator, dtype=torch.float64) - 0.5
+        return x + width * u + deviation * noise, probe, offset - x.numel() * math.log(width)
+    log_normalizer = 0.5 * math.log(2 * math.pi) + math.log(deviation)
+    if dequantization == "truncated_normal":
+        edge = torch.tensor(width / 2 / deviation, dtype=torch.float64)
+        low = torch.special.ndtr(-edge)
+        u = low + (1 - 2 * low) * torch.rand(x.shape, generator=generator, dtype=torch.float64)
+        noise = torch.special.ndtri(u)
+        log_normalizer += float(log_normal_mass(-edge, edge))
+    offset = -0.5 * (noise**2).sum() - x.numel() * log_normalizer
+    return x + deviation * noise, probe, offset
+
+
+def _derivative(
+    model: DenoisingModel,
+    y: Tensor,
+    log_snr: float,
+    index: Tensor,
+    probe: Tensor,
+    divergence: Divergence,
+    device: torch.device | str,
+) -> tuple[Tensor, Tensor]:
+    """dy / d log_snr and d ln p(y) / d log_snr of a batch, float64 on the CPU."""
+    alpha, sigma = (float(v) for v in alpha_sigma(log_snr))
+    at = torch.full((len(y),), log_snr, dtype=torch.float64)
+    with torch.enable_grad():
+        z = (alpha * y).to(device=device, dtype=torch.float32).requires_grad_()
+        value, _ = model.outputs(z, at, index)
+        if model.clip_denoised:
+            x_hat = model.denoised(value, z, at)
+            eps = (z - alpha * x_hat) / sigma
+        else:
+            eps = convert(value, z, at, source=model.prediction_type, target="epsilon")
+        flat = eps.flatten(1)
+        if divergence == "hutchinson":
+            v = probe.to(z).flatten(1)
+            (gradient,) = torch.autograd.grad((flat * v).sum(), z)
+            trace = (gradient.flatten(1) * v).double().sum(1)
+        else:
+            trace = torch.zeros(len(y), dtype=torch.float64, device=z.device)
+            for i in range(flat.shape[1]):
+                (gradient,) = torch.autograd.grad(flat[:, i].sum(), z, retain_graph=i + 1 < flat.shape[1])
+                trace += gradient.flatten(1)[:, i].double()
+    scale = 0.5 * sigma / alpha
+    return -scale * eps.detach().to("cpu", torch.float64), scale * alpha * trace.to("cpu", torch.float64)
