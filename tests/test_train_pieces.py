@@ -177,15 +177,15 @@ def zero_network(z_t, timestep, return_dict=False):
 
 def test_times_are_stratified_over_the_global_batch_in_any_division():
     task = make_task(log_snr_max=10.0, log_snr_min=-6.0)
-    whole = task.times(Rows(4, 0, 24, 24))[0]
-    parts = torch.cat([task.times(Rows(4, first, 8, 24))[0] for first in (0, 8, 16)])
+    whole = task.times(Rows(4, 0, 24, 24)).log_snr
+    parts = torch.cat([task.times(Rows(4, first, 8, 24)).log_snr for first in (0, 8, 16)])
     assert torch.equal(parts, whole)
     cells = ((10 - whole) / 16 * 24).floor().long()
     assert torch.equal(cells.sort().values, torch.arange(24))  # one time in each of 24 equal cells
-    assert not torch.equal(task.times(Rows(5, 0, 24, 24))[0], whole)
+    assert not torch.equal(task.times(Rows(5, 0, 24, 24)).log_snr, whole)
     independent = make_task(time_sampling="uniform")
-    whole = independent.times(Rows(4, 0, 24, 24))[0]
-    parts = torch.cat([independent.times(Rows(4, first, 8, 24))[0] for first in (0, 8, 16)])
+    whole = independent.times(Rows(4, 0, 24, 24)).log_snr
+    parts = torch.cat([independent.times(Rows(4, first, 8, 24)).log_snr for first in (0, 8, 16)])
     assert torch.equal(parts, whole)
 
 
@@ -198,7 +198,7 @@ def test_the_elbo_of_a_network_that_knows_nothing_is_known():
         ({}, 18.3 / 2 / math.log(2)),
         ({"train_time": "discrete", "ddpm_num_steps": 10}, 5 * math.expm1(1.83) / math.log(2)),
     ):
-        losses, _ = make_task(**options).losses(zero_network, levels, None, Rows(0, 0, 64, 64))
+        losses = make_task(**options).losses(zero_network, levels, None, Rows(0, 0, 64, 64)).values
         assert losses.shape == (64,)
         assert math.isclose(float(losses.mean()), want, rel_tol=tolerance)
 
@@ -211,8 +211,9 @@ def test_a_table_moves_the_times_and_leaves_the_expected_loss():
     levels = torch.randint(0, 256, (2048, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     rows = Rows(0, 0, len(levels), len(levels))
     plain, table = make_task(log_snr_max=8.0), make_task(log_snr_max=8.0, log_snr_table=[8.0, 7.0, 4.0, -5.0])
-    (first, at_first), (second, at_second) = (task.losses(network, levels, None, rows) for task in (plain, table))
-    assert at_first.median() < 2 < 5 < at_second.median()
+    of_plain, of_table = (task.losses(network, levels, None, rows) for task in (plain, table))
+    assert of_plain.times.log_snr.median() < 2 < 5 < of_table.times.log_snr.median()
+    first, second = of_plain.values, of_table.values
     error = math.sqrt(sum(float(losses.var()) / len(losses) for losses in (first, second)))
     assert abs(float(first.mean() - second.mean())) < 5 * error
     assert error < 0.05 * float(first.mean())
@@ -224,8 +225,9 @@ def test_ddpm_trains_on_its_own_steps():
     assert not trains_in_discrete_time(DiffusionArguments(ddpm_beta_schedule="linear", loss="elbo"))
     assert not trains_in_discrete_time(DiffusionArguments(loss="simple"))
     task = make_task(ddpm_beta_schedule="linear", loss="simple", ddpm_num_steps=50)
-    log_snr, timestep, weight = task.times(Rows(0, 0, 100, 100))
-    assert weight is None
+    times = task.times(Rows(0, 0, 100, 100))
+    log_snr, timestep = times.log_snr, times.timestep
+    assert times.elbo_weight is None
     assert torch.equal(timestep.sort().values, torch.arange(50.0).double().repeat_interleave(2))
     betas = torch.linspace(1e-4, 0.02, 50, dtype=torch.float64)
     alpha_bar = (1 - betas).cumprod(0)[timestep.long()]
@@ -238,10 +240,10 @@ def test_every_loss_goes_with_every_prediction_type_and_schedule(loss, schedule)
     levels = torch.randint(0, 256, (8, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     for prediction_type in ("sample", "epsilon", "score", "v_prediction", "flow_prediction"):
         task = make_task(loss=loss, ddpm_beta_schedule=schedule, prediction_type=prediction_type)
-        losses, log_snr = task.losses(zero_network, levels, None, Rows(0, 0, 8, 8))
-        assert losses.dtype == torch.float32
-        assert losses.isfinite().all()
-        assert log_snr.shape == (8,)
+        losses = task.losses(zero_network, levels, None, Rows(0, 0, 8, 8))
+        assert losses.values.dtype == torch.float32
+        assert losses.values.isfinite().all()
+        assert losses.times.log_snr.shape == (8,)
 
 
 def test_flips_and_dropped_labels_belong_to_rows():

@@ -116,7 +116,7 @@ class ModelArguments:
 
     model_config_name_or_path: str | None = argument(
         None,
-        "config.json, folder or Hub repository of a UNet2DModel or VDMUNet2DModel, made afresh from it. None: a "
+        "config.json, folder or Hub repository of a UNet2DModel, DiTTransformer2DModel, FourierFeaturesUNet or VDMUNet2DModel, made afresh from it. None: a "
         "VDMUNet2DModel with the sizes below.",
     )
     hidden_channels: int = argument(128, "Width of the VDM U-Net.")
@@ -482,7 +482,9 @@ def _check_learning(args: DiffusionArguments) -> None:
     if args.schedule_learning_rate <= 0 or args.vlb_weight <= 0:
         raise ValueError("--schedule_learning_rate and --vlb_weight must be positive.")
     if args.learn_end_points and not (args.learn_schedule and args.loss == "elbo"):
-        raise ValueError("--learn_end_points needs --learn_schedule and --loss elbo: the bound alone says where they belong.")
+        raise ValueError(
+            "--learn_end_points needs --learn_schedule and --loss elbo: the bound alone says where they belong."
+        )
     if args.learn_schedule:
         wanted = {
             "--ddpm_beta_schedule log_snr_linear": args.ddpm_beta_schedule == "log_snr_linear",

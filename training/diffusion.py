@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from config import LOG_SNR_SCHEDULES, DiffusionArguments
-from randomness import generator_for, row_noise
+from config import DiffusionArguments, trains_in_discrete_time
+from randomness import generator_for, row_noise, seed_for
 from torch import Tensor
 
-from vdm_diffusers import VDMScheduler
-from vdm_diffusers.decoders import encode_pixels
-from vdm_diffusers.elbo import continuous_weight, discrete_weight
+from vdm_diffusers import LearnedNoiseSchedule, VDMScheduler
+from vdm_diffusers.adaptive_time_sampling import AdaptiveTimeSampler
+from vdm_diffusers.decoders import encode_pixels, softmax_log_likelihood
+from vdm_diffusers.elbo import bits_per_dim, continuous_weight, discrete_weight, prior_kl
 from vdm_diffusers.gaussian import diffuse
+from vdm_diffusers.learned_variance import decoder_bound, split_variance, variance_bound
+from vdm_diffusers.models.learned_noise_schedule import ScheduleCut
 from vdm_diffusers.objectives import diffusion_loss
 from vdm_diffusers.time_sampling import discretize, low_discrepancy, uniform
-
-ELBO_WEIGHTED = ("elbo", "sigmoid", "edm")
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,53 @@ def make_scheduler(args: DiffusionArguments) -> VDMScheduler:
         prediction_type=args.prediction_type,
         log_snr_max=args.log_snr_max,
         log_snr_min=args.log_snr_min,
+        variance_type=args.variance_type,
         log_snr_table=args.log_snr_table,
     )
 
 
-def trains_in_discrete_time(args: DiffusionArguments) -> bool:
-    """What --train_time auto means: DDPM's own steps for DDPM's own losses, continuous time for the rest."""
-    if args.train_time == "auto":
-        return args.ddpm_beta_schedule not in LOG_SNR_SCHEDULES and args.loss not in ELBO_WEIGHTED
-    return args.train_time == "discrete"
+@dataclass(frozen=True)
+class Times:
+    """The times of a micro-batch, float64 on the CPU (log SNR and weight of a learned schedule: on its device).
+
+    Attributes:
+        t: (count,) in [0, 1].
+        log_snr: (count,).
+        timestep: (count,) for the network.
+        elbo_weight: (count,); None for a table of betas in discrete time, where the step to clean data has none.
+        importance: (count,) 1 / p(t), the weights of the losses; None: all are 1.
+        step: (count,) the step 1..T in discrete time, else None.
+        cut: where they come from a learned schedule.
+    """
+
+    t: Tensor
+    log_snr: Tensor
+    timestep: Tensor
+    elbo_weight: Tensor | None
+    importance: Tensor | None = None
+    step: Tensor | None = None
+    cut: ScheduleCut | None = None
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The losses of a micro-batch.
+
+    Attributes:
+        values: (count,) on the device, as under uniform times.
+        times: where they were taken.
+        ends: (count,) bits/dim of prior and reconstruction, where the end points are learned; else None.
+    """
+
+    values: Tensor
+    times: Times
+    ends: Tensor | None = None
+
+    @property
+    def weighted(self) -> Tensor:
+        """(count,) what is averaged and backpropagated: an unbiased estimate, however the times were drawn."""
+        importance = self.times.importance
+        return self.values if importance is None else self.values * importance.to(self.values)
 
 
 class DiffusionTask:
@@ -63,68 +103,126 @@ class DiffusionTask:
         random_flip: bool = False,
         num_classes: int | None = None,
         class_dropout: float = 0.0,
+        dropped_label: int | None = None,
+        learned_schedule: LearnedNoiseSchedule | None = None,
+        sampler: AdaptiveTimeSampler | None = None,
     ) -> None:
         self.args, self.scheduler, self.num_levels, self.seed, self.device = args, scheduler, num_levels, seed, device
         self.random_flip, self.num_classes, self.class_dropout = random_flip, num_classes, class_dropout
         self.schedule = scheduler.noise_schedule
+        self.dropped_label = num_classes if dropped_label is None else dropped_label
+        self.learned_schedule, self.sampler = learned_schedule, sampler
         self.discrete = trains_in_discrete_time(args)
         self._generator = torch.Generator(device)
 
-    def times(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Log SNR, timestep for the network, and ELBO weight of each row: (count,) float64 on the CPU.
-
-        The weight is None for a table of betas in discrete time, where the step to clean data has none.
-        """
-        generator = generator_for(self.seed, "time", rows.step)
-        if self.args.time_sampling == "low_discrepancy":
-            u = low_discrepancy(rows.count, offset=rows.first, total=rows.total, generator=generator)
-        else:
+    def times(self, rows: Rows) -> Times:
+        """The times of each row."""
+        generator, importance = generator_for(self.seed, "time", rows.step), None
+        if self.args.time_sampling == "uniform":
             u = uniform(rows.total, generator=generator)[rows.first : rows.first + rows.count]
+        else:
+            u = low_discrepancy(rows.count, offset=rows.first, total=rows.total, generator=generator)
+        if self.sampler is not None:
+            u, importance = self.sampler.place(u)
+        if self.learned_schedule is not None:
+            cut = self.learned_schedule.cut(u)
+            timestep = self.scheduler.timestep_from_log_snr(cut.log_snr)
+            return Times(u, cut.log_snr, timestep, cut.elbo_weight, cut=cut)
         schedule, num_steps = self.schedule, self.args.ddpm_num_steps
         if not self.discrete:
-            log_snr = schedule.log_snr(u)
-            return log_snr, self.scheduler.timestep_from_log_snr(log_snr), continuous_weight(schedule.derivative(u))
+            log_snr, weight = schedule.log_snr(u), continuous_weight(schedule.derivative(u))
+            return Times(u, log_snr, self.scheduler.timestep_from_log_snr(log_snr), weight, importance)
         step = discretize(u, num_steps)
         if not self.scheduler.is_log_snr_schedule:  # entry i = step - 1 of the table is x_step
             timestep = (step - 1).double()
-            return self.scheduler.log_snr(timestep), timestep, None
+            return Times(u, self.scheduler.log_snr(timestep), timestep, None, importance, step)
         log_snr, log_snr_s = schedule.log_snr(step / num_steps), schedule.log_snr((step - 1) / num_steps)
         weight = num_steps * discrete_weight(log_snr_s, log_snr)
-        return log_snr, self.scheduler.timestep_from_log_snr(log_snr), weight
+        return Times(u, log_snr, self.scheduler.timestep_from_log_snr(log_snr), weight, importance, step)
 
-    def losses(self, model: Any, levels: Tensor, labels: Tensor | None, rows: Rows) -> tuple[Tensor, Tensor]:
-        """The loss of every row, (count,) on the device, and its log SNR, (count,) on the CPU.
+    def losses(self, model: Any, levels: Tensor, labels: Tensor | None, rows: Rows) -> Losses:
+        """The loss of every row.
 
         Arguments:
-            levels: (count, C, H, W) integers. labels: (count,) classes, for a network that has them.
+            levels: (count, C, H, W) integers. labels: (count,) classes, for a network that has them; None: "no class".
         """
-        x = encode_pixels(levels.to(self.device, non_blocking=True), self.num_levels, self.args.pixel_encoding)
+        args = self.args
+        levels = levels.to(self.device, non_blocking=True)
+        x = encode_pixels(levels, self.num_levels, args.pixel_encoding)
         if self.random_flip:
-            flipped = self._draw(rows, "flip") < 0.5
-            x = torch.where(flipped.to(self.device)[:, None, None, None], x.flip(-1), x)
+            flipped = (self._draw(rows, "flip") < 0.5).to(self.device)[:, None, None, None]
+            x, levels = torch.where(flipped, x.flip(-1), x), torch.where(flipped, levels.flip(-1), levels)
         noise = row_noise(x.shape, self.seed, rows.step, rows.first, self._generator, self.device)
-        log_snr, timestep, weight = self.times(rows)
-        z_t = diffuse(x, noise, log_snr)
+        times = self.times(rows)
+        z_t = diffuse(x, noise, times.log_snr)
         conditioning = {}
         if self.num_classes is not None:
+            if labels is None:
+                labels = torch.full((rows.count,), self.dropped_label)
             labels = labels.to(self.device, non_blocking=True)
             if self.class_dropout:
                 dropped = self._draw(rows, "class dropout") < self.class_dropout
-                labels = torch.where(dropped.to(self.device), self.num_classes, labels)
+                labels = torch.where(dropped.to(self.device), self.dropped_label, labels)
             conditioning["class_labels"] = labels
-        output = model(z_t, timestep.float().to(self.device), **conditioning, return_dict=False)[0]
-        losses = diffusion_loss(
-            output,
+        output = model(z_t, times.timestep.float().to(self.device), **conditioning, return_dict=False)[0]
+        learns_variance = args.variance_type != "fixed_small"
+        values = diffusion_loss(
+            split_variance(output, x.shape[1])[0] if learns_variance else output,
             x,
             noise,
-            log_snr,
-            prediction_type=self.args.prediction_type,
-            objective=self.args.loss,
-            elbo_weight=weight,
-            min_snr_gamma=self.args.min_snr_gamma,
-            sigmoid_bias=self.args.sigmoid_bias,
+            times.log_snr,
+            prediction_type=args.prediction_type,
+            objective=args.loss,
+            elbo_weight=times.elbo_weight,
+            min_snr_gamma=args.min_snr_gamma,
+            sigmoid_bias=args.sigmoid_bias,
         )
-        return losses, log_snr
+        if learns_variance:
+            scale = args.vlb_weight * args.ddpm_num_steps / (x[0].numel() * math.log(2))
+            values = values + scale * self._variance_bound(output, x, noise, levels, times).to(values)
+        ends = None
+        if self.learned_schedule is not None and args.learn_end_points:
+            ends = self._end_terms(levels, x, rows)
+        return Losses(values, times, ends)
+
+    def _variance_bound(self, output: Tensor, x: Tensor, noise: Tensor, levels: Tensor, times: Times) -> Tensor:
+        """(count,) nats: the bound of each row's step as a function of the predicted variance."""
+        assert times.step is not None
+        kinds = {"prediction_type": self.args.prediction_type, "variance_type": self.args.variance_type}
+        if self.scheduler.is_log_snr_schedule:
+            log_snr_s = self.schedule.log_snr((times.step - 1) / self.args.ddpm_num_steps)
+            return variance_bound(output, x, noise, log_snr_s, times.log_snr, **kinds)
+        bound = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        first = times.step == 1  # the step from x_1 to clean data is the decoder's
+        for rows in (first.nonzero()[:, 0], (~first).nonzero()[:, 0]):
+            if not len(rows):
+                continue
+            here = rows.to(x.device)
+            if bool(first[rows[0]]):
+                ends = self.scheduler.log_snr(torch.tensor([0.0, 1.0]))
+                data = {"num_levels": self.num_levels, "pixel_encoding": self.args.pixel_encoding}
+                terms = decoder_bound(
+                    output[here], x[here], noise[here], levels[here].long(), ends[0], ends[1], **kinds, **data
+                )
+            else:
+                log_snr_s = self.scheduler.log_snr((times.step[rows] - 2).double())
+                terms = variance_bound(output[here], x[here], noise[here], log_snr_s, times.log_snr[rows], **kinds)
+            bound = bound.index_add(0, here, terms.to(bound))
+        return bound
+
+    def _end_terms(self, levels: Tensor, x: Tensor, rows: Rows) -> Tensor:
+        """(count,) bits/dim: prior and reconstruction as functions of the learned end points."""
+        assert self.learned_schedule is not None
+        highest, lowest = self.learned_schedule.log_snr(torch.tensor([0.0, 1.0], dtype=torch.float64))
+        noise = row_noise(x.shape, seed_for(self.seed, "z_0"), rows.step, rows.first, self._generator, self.device)
+        log_likelihood = softmax_log_likelihood(
+            levels,
+            diffuse(x, noise, highest),
+            highest,
+            num_levels=self.num_levels,
+            pixel_encoding=self.args.pixel_encoding,
+        )
+        return bits_per_dim(prior_kl(x, lowest) - log_likelihood, x[0].numel())
 
     def _draw(self, rows: Rows, purpose: str) -> Tensor:
         u = torch.rand(rows.total, generator=generator_for(self.seed, purpose, rows.step))

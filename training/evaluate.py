@@ -29,6 +29,7 @@ from evaluating import TERMS, bits_per_dim, combined_error, draw_samples, histog
 from plots import image_grid, plot_loss_by_log_snr
 
 from vdm_diffusers import VDMPipeline, VDMScheduler
+from vdm_diffusers.models.labels import is_class_conditional, num_classes
 
 
 @dataclass
@@ -175,7 +176,7 @@ def evaluate(args: EvaluateArguments, data: DataArguments) -> dict[str, Any]:
             seed=args.seed,
             num_inference_steps=args.num_inference_steps,
             batch_size=args.batch_size,
-            num_classes=pipeline.unet.config.get("num_class_embeds"),
+            num_classes=num_classes(pipeline.unet) if is_class_conditional(pipeline.unet) else None,
         )
         image_grid(levels, pipeline.config.num_levels).save(output_dir / "samples.png")
 

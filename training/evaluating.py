@@ -17,6 +17,7 @@ from vdm_diffusers import VDMPipeline, evaluate_likelihood
 from vdm_diffusers.decoders import encode_pixels
 from vdm_diffusers.elbo import squared_error
 from vdm_diffusers.gaussian import diffuse
+from vdm_diffusers.models.labels import default_label, is_class_conditional
 from vdm_diffusers.prediction import convert
 
 TERMS = ("prior", "diffusion", "reconstruction")
@@ -43,11 +44,14 @@ def bits_per_dim(
     """
     mine = torch.arange(process_index, len(images), num_processes)
     parts: list[dict[str, Any]] = []
+    conditional = is_class_conditional(pipeline.unet)
+    if method is None and str(pipeline.scheduler.config.variance_type).startswith("learned"):
+        method = "discrete"  # in continuous time there is no variance to learn
     if len(mine):
         report = evaluate_likelihood(
             pipeline,
             images.images[mine],
-            class_labels=images.labels[mine] if pipeline.unet.config.get("num_class_embeds") is not None else None,
+            class_labels=images.labels[mine] if conditional else None,
             generator=generator_for(seed, "evaluation", process_index),
             num_samples=num_samples,
             batch_size=batch_size,
@@ -113,8 +117,10 @@ def loss_by_log_snr(
             noise = torch.randn(x.shape, generator=generator).to(device)
             z_t = diffuse(x, noise, log_snr)
             conditioning = {}
-            if pipeline.unet.config.get("num_class_embeds") is not None:
+            if is_class_conditional(pipeline.unet):
                 conditioning["class_labels"] = images.labels[batch].to(device)
+            elif default_label(pipeline.unet) is not None:
+                conditioning["class_labels"] = torch.full((len(x),), default_label(pipeline.unet), device=device)
             output = pipeline.unet(z_t, torch.full((len(x),), timestep, device=device), **conditioning).sample
             source = scheduler.config.prediction_type
             eps_hat = convert(output[:, : x.shape[1]], z_t, log_snr, source=source, target="epsilon")
@@ -140,7 +146,7 @@ def draw_samples(
     seed: int,
     num_inference_steps: int,
     batch_size: int,
-    num_classes: int | None,
+    num_classes: int | None = None,
 ) -> Tensor:
     """Sampled images as integer levels (N, C, H, W), the same for the same seed on any device.
 

@@ -7,12 +7,14 @@ from pathlib import Path
 
 from config import Arguments
 from data import DataError, ImageSet
-from diffusers import UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.modeling_utils import ModelMixin
 
 from vdm_diffusers import VDMUNet2DModel
+from vdm_diffusers.models.fourier import FourierFeaturesUNet
+from vdm_diffusers.models.labels import is_class_conditional, null_label, num_classes
 
-_CLASSES = {"UNet2DModel": UNet2DModel, "VDMUNet2DModel": VDMUNet2DModel}
+_CLASSES = {c.__name__: c for c in (UNet2DModel, VDMUNet2DModel, FourierFeaturesUNet, DiTTransformer2DModel)}
 
 
 def make_network(args: Arguments, images: ImageSet) -> ModelMixin:
@@ -30,6 +32,7 @@ def make_network(args: Arguments, images: ImageSet) -> ModelMixin:
     return VDMUNet2DModel(
         sample_size=height if height == width else (height, width),
         in_channels=channels,
+        out_channels=_out_channels(args, channels),
         hidden_channels=model.hidden_channels,
         layers_per_block=model.layers_per_block,
         num_train_timesteps=args.diffusion.ddpm_num_steps,
@@ -45,9 +48,14 @@ def make_network(args: Arguments, images: ImageSet) -> ModelMixin:
     )
 
 
-def num_classes_of(network: ModelMixin) -> int | None:
-    """Number of classes the network is conditioned on; None without."""
-    return network.config.get("num_class_embeds")
+def no_class_label(network: ModelMixin, images: ImageSet) -> int | None:
+    """The label that means "no class" while training: the network's own, or its last one if no image has it; else None."""
+    own, classes = null_label(network), num_classes(network)
+    return own if own is not None or classes is None or classes <= (images.num_classes or 0) else classes - 1
+
+
+def _out_channels(args: Arguments, channels: int) -> int:
+    return channels if args.diffusion.variance_type == "fixed_small" else 2 * channels
 
 
 def _from_config(source: str, args: Arguments, images: ImageSet) -> ModelMixin:
@@ -72,8 +80,8 @@ def _from_config(source: str, args: Arguments, images: ImageSet) -> ModelMixin:
             f"takes {network.config.in_channels} channels, the images have {channels}",
         ),
         (
-            network.config.out_channels not in (None, channels),
-            f"returns {network.config.out_channels} channels, not {channels}",
+            (network.config.out_channels or channels) != _out_channels(args, channels),
+            f"returns {network.config.out_channels or channels} channels, not {_out_channels(args, channels)}",
         ),
         (size != (height, width), f"has sample_size {size}, the images {(height, width)} (see --resolution)"),
         (
@@ -82,12 +90,16 @@ def _from_config(source: str, args: Arguments, images: ImageSet) -> ModelMixin:
             f"{args.diffusion.ddpm_num_steps}",
         ),
         (
-            (num_classes_of(network) is not None) != args.model.class_conditional,
-            "is class-conditional exactly if --class_conditional is given, which it is not",
+            is_class_conditional(network) != args.model.class_conditional,
+            "must have classes if --class_conditional is given, else none (a DiT: num_embeds_ada_norm 1)",
         ),
         (
-            args.model.class_conditional and (num_classes_of(network) or 0) < (images.num_classes or 0),
-            f"has {num_classes_of(network)} classes, the data {images.num_classes}",
+            args.model.class_conditional and (num_classes(network) or 0) < (images.num_classes or 0),
+            f"has {num_classes(network)} classes, the data {images.num_classes}",
+        ),
+        (
+            args.model.class_dropout > 0 and no_class_label(network, images) is None,
+            f"has no label left for 'no class', which --class_dropout needs: give it {(images.num_classes or 0) + 1} classes",
         ),
     ]
     found = [text for wrong, text in problems if wrong]

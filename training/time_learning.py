@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from config import DiffusionArguments
+from diffusion import Losses
 from safetensors.torch import load_file, save_file
 
 from vdm_diffusers import LearnedNoiseSchedule, VDMScheduler
 from vdm_diffusers.adaptive_time_sampling import AdaptiveTimeSampler
-from vdm_diffusers.models.learned_noise_schedule import ScheduleCut
 
 _SCHEDULE, _OPTIMIZER, _SAMPLER = "schedule.safetensors", "schedule_optimizer.pt", "time_sampler.safetensors"
 
@@ -42,15 +42,17 @@ class TimeLearning:
         table = {} if self.schedule is None else {"log_snr_table": self.schedule.table()}
         return VDMScheduler.from_config(self._scheduler.config, **table)
 
-    def collect(self, accelerator: Accelerator, losses: torch.Tensor, t: torch.Tensor, cut: ScheduleCut | None) -> None:
-        """Take in a micro-batch, after its backward pass: the losses (B,) as under uniform times, at times t."""
-        if cut is not None:
-            scale = 1 / (len(losses) * accelerator.gradient_accumulation_steps)
+    def collect(self, accelerator: Accelerator, losses: Losses) -> None:
+        """Take in a micro-batch, after its backward pass."""
+        if losses.times.cut is not None:
+            scale = 1 / (len(losses.values) * accelerator.gradient_accumulation_steps)
             if accelerator.scaler is not None:
                 scale *= accelerator.scaler.get_scale()
-            cut.backward(losses, scale=scale)
+            losses.times.cut.backward(losses.values, scale=scale)
+        if losses.ends is not None:  # apart from the network's loss, and so from its gradient scaling
+            losses.ends.mean().backward()
         if self.sampler is not None:
-            sums = self.sampler.sums(t, losses)
+            sums = self.sampler.sums(losses.times.t, losses.values)
             self._sums = sums if self._sums is None else self._sums + sums
 
     def step(self, accelerator: Accelerator, learning_rate_factor: float) -> None:

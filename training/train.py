@@ -46,13 +46,14 @@ from data import DataError, ImageSet, evaluation_split, is_digits, load_splits
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.utils import logging as diffusers_logging
-from diffusion import DiffusionTask, Rows, make_scheduler
+from diffusion import DiffusionTask, Losses, Rows, make_scheduler
 from ema import EMA
 from evaluating import TERMS, bits_per_dim, combined_error, draw_samples
-from networks import make_network, num_classes_of
+from networks import make_network, no_class_label
 from plots import image_grid
 from randomness import DataOrder, seed_dropout
 from safetensors.torch import load_file, save_file
+from time_learning import TimeLearning
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -66,6 +67,7 @@ from vdm_diffusers.hub import (
     publish_folder,
     write_model_card,
 )
+from vdm_diffusers.models.labels import num_classes
 
 EXIT_BAD_INPUT = 2
 EXIT_TERMINATED = 143  # 128 + SIGTERM: what shells and launchers report for a process that ended on this signal
@@ -220,12 +222,12 @@ class Meter:
         # loss, number of losses, gradient norm, number of norms, then loss and number in each bin
         self.sums = torch.zeros(4 + 2 * NUM_BINS, device=device)
 
-    def add_losses(self, losses: Tensor, log_snr: Tensor) -> None:
-        """Losses (B,) on the device and their log SNRs (B,) on the CPU."""
-        position = (log_snr - self.lowest) / (self.highest - self.lowest) * NUM_BINS
-        bins = position.floor().clamp(0, NUM_BINS - 1).long().to(losses.device, non_blocking=True)
-        losses = losses.detach().float()
-        self.sums[0] += losses.sum()
+    def add_losses(self, batch: Losses) -> None:
+        """The losses of a micro-batch: their mean over uniform times, and each in its bin."""
+        position = (batch.times.log_snr.detach() - self.lowest) / (self.highest - self.lowest) * NUM_BINS
+        bins = position.floor().clamp(0, NUM_BINS - 1).long().to(self.sums.device, non_blocking=True)
+        losses = batch.values.detach().float()
+        self.sums[0] += batch.weighted.detach().float().sum()
         self.sums[1] += len(losses)
         self.sums.index_add_(0, 4 + bins, losses)
         self.sums.index_add_(0, 4 + NUM_BINS + bins, torch.ones_like(losses))
@@ -345,7 +347,8 @@ class Training:
             self.scheduler = make_scheduler(args.diffusion)
         except ValueError as error:  # sizes or schedules that cannot be; the message says which
             raise SetupError(str(error)) from error
-        self.num_classes = num_classes_of(self.network)
+        self.time = TimeLearning(args.diffusion, self.scheduler, device)
+        self.num_classes = num_classes(self.network)
         self.network.to(device).train()
         if optimization.channels_last:
             self.network.to(memory_format=torch.channels_last)
@@ -392,6 +395,9 @@ class Training:
             random_flip=args.data.random_flip,
             num_classes=self.num_classes,
             class_dropout=args.model.class_dropout,
+            dropped_label=no_class_label(self.network, self.train_images),
+            learned_schedule=self.time.schedule,
+            sampler=self.time.sampler,
         )
         self.meter = Meter(self.scheduler, device)
         self.log = Log(accelerator, args, self.output_dir, self.step)
@@ -423,9 +429,8 @@ class Training:
 
     def pipeline(self) -> VDMPipeline:
         """A pipeline of the averaged network, in eval mode."""
-        scheduler = VDMScheduler.from_config(self.scheduler.config)
         encoding = self.args.diffusion.pixel_encoding
-        return VDMPipeline(self.averaged, scheduler, num_levels=self.num_levels, pixel_encoding=encoding)
+        return VDMPipeline(self.averaged, self.time.scheduler(), num_levels=self.num_levels, pixel_encoding=encoding)
 
     # --- one step
 
@@ -438,16 +443,20 @@ class Training:
             first = (micro_batch * accelerator.num_processes + accelerator.process_index) * self.rows
             rows = Rows(self.step, first, self.rows, self.global_batch)
             levels, labels = self.batches(self.images_seen + first, self.rows)
+            if not self.args.model.class_conditional:
+                labels = None
             seed_dropout(accelerator.device, optimization.seed, "dropout", self.step, first)
             with accelerator.accumulate(self.model):
-                losses, log_snr = self.task.losses(self.model, levels, labels, rows)
-                accelerator.backward(losses.mean())
-                self.meter.add_losses(losses, log_snr)
+                losses = self.task.losses(self.model, levels, labels, rows)
+                accelerator.backward(losses.weighted.mean())
+                self.time.collect(accelerator, losses)
+                self.meter.add_losses(losses)
                 if accelerator.sync_gradients:
                     limit = optimization.max_grad_norm or math.inf
                     self.meter.add_gradient_norm(accelerator.clip_grad_norm_(self.model.parameters(), limit))
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+        self.time.step(accelerator, self.learning_rate_factor(self.step))
         self.step += 1
         self.images_seen += self.global_batch
         if self.ema is not None:
@@ -588,7 +597,7 @@ class Training:
                 seed=self.args.optimization.seed,
                 num_inference_steps=self.args.diffusion.ddpm_num_inference_steps,
                 batch_size=self.args.run.eval_batch_size,
-                num_classes=self.num_classes,
+                num_classes=self.num_classes if self.args.model.class_conditional else None,
             )
             self.network.train()
             grid = image_grid(levels, self.num_levels)
@@ -613,6 +622,7 @@ class Training:
                     state / "weights.safetensors",
                 )
                 torch.save(self.optimizer.state_dict(), state / "optimizer.pt")
+                self.time.save(state)
                 if self.accelerator.scaler is not None:
                     torch.save(self.accelerator.scaler.state_dict(), state / "scaler.pt")
                 write_json(
@@ -658,7 +668,7 @@ class Training:
     def model_description(self, images: dict[str, str]) -> ModelDescription:
         """What the model card says: what was trained on what, and the last evaluation."""
         args, seed = self.args, self.args.optimization.seed
-        provenance, schedule = Provenance.of_this_run(seed), self.scheduler.noise_schedule
+        provenance, schedule = Provenance.of_this_run(seed), self.time.scheduler().noise_schedule
         identifier = "sklearn.datasets.load_digits" if is_digits(args.data) else self.train_images.source
         on_hub = args.data.dataset_name is not None and not Path(args.data.dataset_name).exists()
         measurements = []
@@ -720,6 +730,7 @@ class Training:
         self.started -= position["seconds"]
         try:
             self.network.load_state_dict(load_file(state / "weights.safetensors"))
+            self.time.load(state)
             if self.ema is not None:
                 self.ema.model.load_state_dict(VDMPipeline.from_pretrained(checkpoint).unet.state_dict())
         except RuntimeError as error:

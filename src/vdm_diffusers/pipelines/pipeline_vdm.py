@@ -25,6 +25,7 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from vdm_diffusers.decoders import PIXEL_ENCODINGS, decode_pixels
 from vdm_diffusers.gaussian import alpha_sigma
 from vdm_diffusers.hub import ModelDescription, has_travelled, publish_folder, write_model_card, write_travelling_code
+from vdm_diffusers.models.labels import default_label
 from vdm_diffusers.numerics import expand_to
 from vdm_diffusers.safety import check_checkpoint, check_repository
 
@@ -305,6 +306,7 @@ class VDMPipeline(DiffusionPipeline):
             source = torch.device("cpu") if device.type == "mps" else device
             latents = randn_tensor(shape, generator=generator, device=source, dtype=dtype)
         latents = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        class_labels = default_label(self.unet) if class_labels is None else class_labels
         conditioning = {} if class_labels is None else {"class_labels": _labels(class_labels, shape[0]).to(device)}
         # A network that reads the last bits of the sample says so; any other gets it in the dtype of its weights.
         model_dtype = dtype if getattr(self.unet, "takes_float32_sample", False) else self.unet.dtype
