@@ -183,15 +183,16 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 from test_likelihood_methods import mixture, log_snr_scheduler, evaluate
 from vdm_diffusers.decoders import decode_pixels
-if len(sys.argv) > 2:
-    torch.distributed.init_process_group("gloo")
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True) if len(sys.argv) > 2 else None
+assert accelerator is None or accelerator.num_processes == 2
 data, x = mixture(count=40)
 s = log_snr_scheduler()
 exact, calls = data.as_model(s.log_snr), []
 def model(sample, timestep):
     calls.append(len(sample))
     return exact(sample, timestep)
-report = evaluate(model, decode_pixels(x), scheduler=s, batch_size=64)
+report = evaluate(model, decode_pixels(x), scheduler=s, batch_size=64, accelerator=accelerator)
 print("result", sum(calls), report.num_model_evaluations, repr(report.bits_per_dim), repr(report.standard_error), flush=True)
 """
     )

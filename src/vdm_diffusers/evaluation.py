@@ -86,6 +86,7 @@ def evaluate_likelihood(
     divergence: Divergence = "hutchinson",
     tolerance: float = 1e-5,
     resume_dir: str | Path | None = None,
+    accelerator: Any = None,
 ) -> LikelihoodReport:
     r"""Bits/dim of images under a diffusion model, with the error of the estimate.
 
@@ -138,9 +139,8 @@ def evaluate_likelihood(
         tolerance: of the ODE's solver, relative and absolute.
         resume_dir: a folder for partial results: an evaluation with the same arguments, images and weights that was cut off goes
             on from there. Without `generator` the seed is then 0. For `"continuous"` and `"discrete"`.
-
-    Under `accelerate launch` or `torchrun`, with the process group initialised, the processes share the images of the first two
-    methods, and all of them get the report; images and arguments must be the same everywhere.
+        accelerator: an `accelerate.Accelerator`, whose processes share the work of the same two methods: each evaluates a part of the images
+            and all get the same report. Images and arguments must be the same everywhere; the figure is that of one process.
 
     Returns:
         [`LikelihoodReport`]: `bits_per_dim`, `standard_error` (of the estimate, for these images), `sampling_error` (between images),
@@ -174,6 +174,7 @@ def evaluate_likelihood(
         "target_standard_error": target_standard_error,
         "max_model_evaluations": max_model_evaluations,
         "resume_dir": resume_dir,
+        "accelerator": accelerator,
     }
     for name, value in bounds_only.items():
         if value is not None and method not in ("continuous", "discrete"):
@@ -211,14 +212,14 @@ def evaluate_likelihood(
         "clip_denoised": clip_denoised,
         "dtype": str(_device_and_dtype(network)[1]).removeprefix("torch."),
     }
-    seed = 0 if generator is None and resume_dir is not None else _shared_seed(generator)
+    seed = 0 if generator is None and resume_dir is not None else _shared_seed(generator, accelerator)
     per_image = num_samples
     if isinstance(term, DiscreteTerm) and method == "importance_weighted":
         per_image = num_samples // 2 * 2 * (term.num_steps + isinstance(decoder, GaussianDecoder))
     with (
         _eval_mode(network),
         torch.no_grad(),
-        tqdm(total=len(levels) * per_image, disable=not progress_bar or _rank_and_size()[0] > 0) as bar,
+        tqdm(total=len(levels) * per_image, disable=not progress_bar or _rank_and_size(accelerator)[0] > 0) as bar,
     ):
         common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "device": device, "progress": bar.update}
         if method == "ode":
@@ -261,7 +262,7 @@ def evaluate_likelihood(
                 variance_reduction=variance_reduction,
                 target_standard_error=target_standard_error,
                 max_model_evaluations=max_model_evaluations,
-                runner=partial(_run_shared, folder),
+                runner=partial(_run_shared, folder, accelerator),
                 **common,
             )
     report.settings.update(settings)
@@ -603,29 +604,29 @@ def _seed(generator: torch.Generator | None) -> int:
 # --- sharing and keeping the work --------------------------------------------------------------------------------------
 
 
-def _rank_and_size() -> tuple[int, int]:
-    """This process and how many there are: of the process group that Accelerate or torchrun has set up."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+def _rank_and_size(accelerator: Any) -> tuple[int, int]:
+    """This process and how many there are."""
+    return (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
 
 
-def _shared_seed(generator: torch.Generator | None) -> int:
+def _shared_seed(generator: torch.Generator | None, accelerator: Any) -> int:
     """A seed drawn from `generator`: the first process's, everywhere."""
     seed = [_seed(generator)]
-    if _rank_and_size()[1] > 1:
+    if _rank_and_size(accelerator)[1] > 1:
         torch.distributed.broadcast_object_list(seed, src=0)
     return seed[0]
 
 
-def _run_shared(folder: Path | None, work: Sequence[tuple[str, Callable[[], Tensor]]]) -> list[Tensor]:
+def _run_shared(
+    folder: Path | None, accelerator: Any, work: Sequence[tuple[str, Callable[[], Tensor]]]
+) -> list[Tensor]:
     """Every process does its share and gets all results; what is found in `folder` is not done again."""
-    rank, size = _rank_and_size()
+    rank, size = _rank_and_size(accelerator)
     mine = {}
     for number, (name, compute) in enumerate(work):
         if number % size == rank:
             mine[number] = compute() if folder is None else _kept(folder / f"{name}.safetensors", compute)
-    everything = [mine]
+    everything: list[dict[int, Tensor]] = [mine]
     if size > 1:
         everything = [{}] * size
         torch.distributed.all_gather_object(everything, mine)
