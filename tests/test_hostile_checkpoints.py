@@ -25,13 +25,13 @@ from vdm_diffusers import VDMPipeline
 VDMPipeline.from_pretrained(sys.argv[2])  # whatever loading imports is not the hostile one's doing
 held = int(next(l for l in open("/proc/self/status") if l.startswith("VmSize")).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_AS, (held + 400 * 2**20, -1))
-before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.time()
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 error = kind = ""
 try:
     VDMPipeline.from_pretrained(sys.argv[1])
 except Exception as e:
     kind, error = type(e).__name__, str(e)
-print(json.dumps([kind, error, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, time.time() - start]))
+print(json.dumps([kind, error, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, time.process_time() - start]))
 """
 
 
@@ -172,7 +172,7 @@ HOSTILE = {
     "swapped end points": (set_scheduler(log_snr_max=-5.0, log_snr_min=13.3), "Did you pass gamma"),
     "a network of 10^7 layers": (set_unet(layers_per_block=10**7), "10000000 layers"),
     "a network 10^9 wide": (set_unet(hidden_channels=10**9), "hidden_channels.*at most"),
-    "a network 10^7 wide": (set_unet(hidden_channels=8 * 10**6), "has the shape"),
+    "a network 64000 wide": (set_unet(hidden_channels=64000), "has the shape"),
     "10^12 levels": (set_index(num_levels=10**12), "num_levels"),
     "unknown class": (set_index(unet=["vdm_diffusers", "Backdoor"]), "Backdoor"),
     "a class that is no network": (set_index(unet=["os", "system"]), "`system` of `os`"),
@@ -254,6 +254,31 @@ def test_hostile_repository(name, message, folder, hub, client):
     assert held < 5 * 2**20
     asked_for = [call.target for call in hub.log[asked:]]
     assert asked_for and not [target for target in asked_for if ".safetensors" in target or ".bin" in target]
+
+
+# --- components alone are bounded by their constructors ----------------------------------------------------------------
+
+COMPONENT = LOAD.replace("from vdm_diffusers import VDMPipeline", "from vdm_diffusers import *").replace(
+    "    VDMPipeline.from_pretrained(sys.argv[1])",
+    "    globals()[sys.argv[3]].from_pretrained(sys.argv[1], subfolder=sys.argv[4], **json.loads(sys.argv[5]))",
+)
+
+
+@pytest.mark.parametrize(
+    ("cls", "part", "entries", "message"),
+    [
+        ("VDMScheduler", "scheduler", {"num_train_timesteps": 10**12}, "must lie in 1..1000000"),
+        ("VDMUNet2DModel", "unet", {"layers_per_block": 10**8}, "`layers_per_block` must be at most"),
+        ("VDMUNet2DModel", "unet", {"hidden_channels": 10**8}, "`hidden_channels` must be at most"),
+        ("VDMUNet2DModel", "unet", {"hidden_channels": 16}, "size mismatch|shape"),
+    ],
+)
+def test_hostile_component(cls, part, entries, message, folder, good, client):
+    edit(folder, f"{part}/{'scheduler_config' if part == 'scheduler' else 'config'}.json", **entries)
+    options = {"use_safetensors": True} if part == "unet" else {}
+    kind, error, grown_kib, seconds = client(COMPONENT, folder, good, cls, part, json.dumps(options))
+    assert kind in ("ValueError", "RuntimeError") and re.search(message, error), (kind, error)
+    assert grown_kib < 64 * 1024 and seconds < 20
 
 
 # --- the two readers on their own -------------------------------------------------------------------------------------

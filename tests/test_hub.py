@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hub_double import HubDouble
 from huggingface_hub import ModelCard
 from warm_client import WarmClient
@@ -305,7 +306,7 @@ def test_the_model_index_holds_the_figure_and_all_that_belongs_to_it(folder):
     assert {name: result.metric_args[name] for name in expected} == expected
     assert {"versions", "machine", "date"} <= result.metric_args.keys()
     assert card.data.license == "apache-2.0" and card.data.library_name == "diffusers"
-    assert "≤ 1.6234 ± 0.0089" in card.text and "0.0100 + 1.6000 + 0.0135" in card.text
+    assert "≤ 1.6235 ± 0.0089" in card.text and "0.0100 + 1.6000 + 0.0135" in card.text
     for heading in ("## Likelihood", "## Usage", "## Training", "## Limitations"):
         assert heading in card.text
 
@@ -404,6 +405,19 @@ def test_a_card_of_ones_own_is_kept_and_a_missing_one_is_made(hub, client, folde
     hub.put("someone/short-card", {"README.md": own})
     client("publish_folder(sys.argv[1], 'someone/short-card')", folder)
     assert hub.files("someone/short-card")["README.md"].decode() == own
+
+
+def test_a_pipeline_of_diffusers_is_published_as_what_it_is(hub, client, tmp_path):
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler(num_train_timesteps=4)).save_pretrained(tmp_path)
+    client("publish_folder(sys.argv[1], 'someone/stock')", tmp_path)
+    files = hub.files("someone/stock")
+    assert not [name for name in files if name.endswith(".py")]
+    (block,) = code_blocks(files["README.md"].decode())
+    client(block.replace("batch_size=4", "batch_size=4, num_inference_steps=2") + "\nassert len(images) == 4")
 
 
 def test_the_pipeline_publishes_itself_with_a_card(hub, client):

@@ -165,7 +165,8 @@ def _push(
         content["README.md"] = _with_usage(readme.read_text(encoding="utf-8"), repo_id, folder).encode()
     elif not api.file_exists(repo_id, "README.md", revision=None if create_pr else revision):
         content["README.md"] = _short_card(repo_id, folder).encode()
-    content.update(dict.fromkeys(CODE_PATHS, travelling_code().encode()))
+    if _class_name(folder) == "VDMPipeline":
+        content.update(dict.fromkeys(CODE_PATHS, travelling_code().encode()))
     tags = {held.name: held.target_commit for held in refs.tags}
     if tag in tags:
         head = api.repo_info(repo_id, revision=revision).sha
@@ -185,6 +186,10 @@ def _push(
     if tag is not None and tag not in tags:
         api.create_tag(repo_id, tag=tag, revision=commit.oid)
     return commit
+
+
+def _class_name(folder: pathlib.Path) -> str:
+    return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
 
 
 def _publishable(folder: pathlib.Path, token: str | None) -> list[str]:
@@ -657,6 +662,11 @@ def _provenance_table(provenance: Provenance, more: Mapping[str, str]) -> str:
 def _usage(location: str, folder: pathlib.Path, num_inference_steps: int, published: bool) -> str:
     """How to sample and to evaluate, as code that runs."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    class_name = index["_class_name"]
+    if class_name != "VDMPipeline":
+        library = "vdm_diffusers" if class_name == "LatentVDMPipeline" else "diffusers"
+        load = f'pipe = {class_name}.from_pretrained("{location}")'
+        return f"```python\nfrom {library} import {class_name}\n\n{load}\nimages = pipe(batch_size=4).images\n```"
     network = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
     size = network.get("sample_size") or 32
     height, width = (size, size) if isinstance(size, int) else size

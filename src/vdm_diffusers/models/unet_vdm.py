@@ -206,6 +206,13 @@ class VDMUNet2DModel(ModelMixin, ConfigMixin):
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {size}.")
+        # A config must not fill the memory before the weights can contradict it.
+        for name, size, most in (
+            ("layers_per_block", layers_per_block, 4096),
+            ("hidden_channels", hidden_channels, 2**16),
+        ):
+            if size > most:
+                raise ValueError(f"`{name}` must be at most {most}, got {size}.")
         for name, size in (("norm_num_groups", norm_num_groups), ("attention_head_dim", head_dim)):
             if hidden_channels % size:
                 raise ValueError(f"`{name}` must divide `hidden_channels`, got {size} and {hidden_channels}.")
