@@ -5,8 +5,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
+from vdm_diffusers.elbo import continuous_weight, discrete_weight
 from vdm_diffusers.gaussian import alpha_sigma, diffuse, posterior_coefficients
+from vdm_diffusers.noise_schedules import LinearLogSNRSchedule
+from vdm_diffusers.objectives import diffusion_loss
 from vdm_diffusers.prediction import convert
 from vdm_diffusers.score import (
     corrector_step_size,
@@ -16,6 +20,7 @@ from vdm_diffusers.score import (
     tweedie_covariance_product,
     tweedie_mean,
 )
+from vdm_diffusers.time_sampling import low_discrepancy
 
 PATHS = ("vp", "ve", "flow")
 
@@ -189,3 +194,82 @@ def test_refusals():
         tweedie_mean(z, z, -math.inf)
     with pytest.raises(ValueError, match="shape"):
         langevin_step(z, torch.zeros(3, 2), 0.1, z)
+
+
+# --- score networks among the others --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("continuous", [True, False])
+def test_equal_predictions_have_equal_elbo_losses_whatever_the_network_predicts(continuous):
+    """The three equivalent objectives: one x_hat, told as data, noise or score, costs the same to float precision."""
+    shape = (9, 2, 5, 3)
+    x, noise, error = (
+        torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(3)
+    )
+    log_snr = torch.linspace(8, -5, 9, dtype=torch.float64)
+    schedule = LinearLogSNRSchedule(8.5, -5.0)
+    t = schedule.inverse(log_snr)
+    weight = continuous_weight(schedule.derivative(t)) if continuous else 40 * discrete_weight(log_snr + 0.3, log_snr)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-5)):
+        z = diffuse(x, noise, log_snr)
+        x_hat = x + 0.3 * error
+        losses = {}
+        for prediction_type in ("sample", "epsilon", "score"):
+            output = convert(x_hat, z, log_snr, source="sample", target=prediction_type)
+            losses[prediction_type] = diffusion_loss(
+                output.to(dtype),
+                x.to(dtype),
+                noise.to(dtype),
+                log_snr,
+                prediction_type=prediction_type,
+                elbo_weight=weight,
+            ).double()
+        for prediction_type in ("epsilon", "score"):
+            # float32 rounds outputs whose errors are small beside them: relative to the loss of the outputs' last digits
+            torch.testing.assert_close(losses[prediction_type], losses["sample"], rtol=tolerance, atol=0)
+
+
+def test_a_score_network_learns_a_mixture_and_is_sampled_with_and_without_corrector():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
+
+    def score(z, log_snr):
+        level = log_snr.expand(len(z)).to(z.dtype)[:, None]
+        return network(torch.cat([z, level / 4], 1)) / torch.sigmoid(-level).sqrt()
+
+    schedule = LinearLogSNRSchedule(7.0, -6.0)
+    optimizer = torch.optim.Adam(network.parameters(), lr=4e-3)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(600):
+        x = torch.randint(2, (256, 1), generator=generator) * 2.0 - 1 + 0.1 * torch.randn(256, 1, generator=generator)
+        noise = torch.randn(x.shape, generator=generator)
+        t = low_discrepancy(256, generator=generator)
+        log_snr = schedule.log_snr(t)
+        loss = diffusion_loss(
+            score(diffuse(x, noise, log_snr), log_snr),
+            x,
+            noise,
+            log_snr,
+            prediction_type="score",
+            elbo_weight=continuous_weight(schedule.derivative(t)),
+        ).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-50:]) < 0.6 * sum(losses[:50])
+    grid = torch.cat([torch.linspace(-6, 7, 60, dtype=torch.float64), torch.tensor([math.inf])])
+    for corrector_steps in (0, 1):
+        with torch.no_grad():
+            x = predictor_corrector(
+                score,
+                torch.randn(2000, 1, generator=generator),
+                grid,
+                corrector_steps=corrector_steps,
+                generator=generator,
+            )
+        assert (
+            float(((x.abs() - 1).abs() < 0.4).float().mean()) > 0.95
+        )  # four standard deviations about the two centres
+        assert 0.4 < float((x > 0).float().mean()) < 0.6
