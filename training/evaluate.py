@@ -26,6 +26,7 @@ from data import DataError, ImageSet, default_test_split, is_digits, load_split
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from evaluating import TERMS, bits_per_dim, combined_error, draw_samples, histogram_bits_per_dim, loss_by_log_snr
+from evaluation_report import extreme_images, markdown_block, plot_steps, plot_terms, plot_weights, write_per_image
 from plots import image_grid, plot_loss_by_log_snr
 
 from vdm_diffusers import VDMPipeline, VDMScheduler
@@ -48,10 +49,27 @@ class EvaluateArguments:
         "'held_out' names the latter.",
     )
     max_images: int | None = argument(None, "Evaluate the first so many images; none: all.")
-    method: Literal["auto", "continuous", "discrete"] = argument(
-        "auto", "ELBO in continuous time, or of a chain of --num_steps steps; auto: by the schedule's kind."
+    method: Literal["auto", "continuous", "discrete", "importance_weighted", "ode"] = argument(
+        "auto",
+        "ELBO in continuous time, or of a chain of --num_steps steps, its K-sample bound, or the probability-flow ODE; auto: "
+        "by the schedule's kind.",
     )
     num_steps: int | None = argument(None, "Steps of the chain for the discrete method; none: as trained.")
+    grid: Literal["auto", "time", "log_snr", "optimal"] = argument(
+        "auto", "Where these steps are; optimal needs the scheduler's optimal_variance."
+    )
+    variance_type: str | None = argument(None, "Reverse variance of the chain instead of the scheduler's.")
+    target_standard_error: float | None = argument(
+        None, "Go on beyond --num_samples until the estimate's error is this small, in bits/dim."
+    )
+    max_model_evaluations: int | None = argument(None, "Stop there whether or not the target is reached.")
+    resume_dir: str | None = argument(
+        None, "Folder for partial results: an evaluation that is cut off goes on from there."
+    )
+    steps_curve: str | None = argument(
+        None,
+        "Also plot bits/dim against these numbers of steps, such as 10,25,100,250: as many evaluations an image each.",
+    )
     num_samples: int = argument(16, "Network evaluations for each image, stratified over time.")
     batch_size: int = argument(64, "Images at a time.")
     seed: int = argument(0, "Seed of times, noise and samples.")
@@ -139,6 +157,7 @@ def evaluate(args: EvaluateArguments, data: DataArguments) -> dict[str, Any]:
         batch_size=args.batch_size,
         method=None if args.method == "auto" else args.method,
         num_steps=args.num_steps,
+        options=likelihood_options(args),
         progress_bar=True,
     )
     error = combined_error([result["standard_error"], result["sampling_error"]])
@@ -166,6 +185,15 @@ def evaluate(args: EvaluateArguments, data: DataArguments) -> dict[str, Any]:
         args.output_dir or (Path(args.checkpoint) / "evaluation" if Path(args.checkpoint).is_dir() else "evaluation")
     )
     output_dir.mkdir(parents=True, exist_ok=True)
+    if args.steps_curve:
+        result["steps_curve"] = steps_curve(pipeline, images, args)
+        plot_steps(output_dir / "steps.png", result["steps_curve"])
+    write_per_image(output_dir / "per_image.parquet", result, images)
+    extreme_images(output_dir / "most_and_least_likely.png", result, images, pipeline.config.num_levels)
+    plot_terms(output_dir / "terms.png", result, images.num_dims)
+    plot_weights(output_dir / "loss_weights.png", profile)
+    del result["per_image"]  # it is in the parquet file
+    (output_dir / "model_card_block.md").write_text(markdown_block(result), encoding="utf-8")
     write_json(output_dir / "evaluation.json", result | {"loss_by_log_snr": profile})
     title = f"{result['bits_per_dim']:.3f} ± {error:.3f} bits/dim"
     plot_loss_by_log_snr(profile, output_dir / "loss_by_log_snr.png", title=title, label=split)
@@ -196,6 +224,40 @@ def evaluate(args: EvaluateArguments, data: DataArguments) -> dict[str, Any]:
     return result
 
 
+def likelihood_options(args: EvaluateArguments) -> dict[str, Any]:
+    """The further arguments of evaluate_likelihood that were given."""
+    options: dict[str, Any] = {
+        "grid": None if args.grid == "auto" else args.grid,
+        "variance_type": args.variance_type,
+        "target_standard_error": args.target_standard_error,
+        "max_model_evaluations": args.max_model_evaluations,
+        "resume_dir": args.resume_dir,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def steps_curve(pipeline: VDMPipeline, images: ImageSet, args: EvaluateArguments) -> list[dict[str, Any]]:
+    """Bits/dim of chains of several lengths, each step evaluated once or twice for every image."""
+    rows = []
+    for steps in sorted(int(number) for number in (args.steps_curve or "").split(",")):
+        options = {
+            name: value for name, value in likelihood_options(args).items() if name in ("grid", "variance_type")
+        }
+        result = bits_per_dim(
+            pipeline,
+            images,
+            seed=args.seed,
+            num_samples=max(2 * steps, 16) if steps <= 100 else min(steps, 100),
+            batch_size=args.batch_size,
+            method="discrete",
+            num_steps=steps,
+            options=options,
+            progress_bar=True,
+        )
+        rows.append({"num_steps": steps} | {name: result[name] for name in ("bits_per_dim", "standard_error")})
+    return rows
+
+
 def check_fit(pipeline: VDMPipeline, images: ImageSet) -> None:
     """Raise DataError if the model is of other images."""
     channels, height, width = images.images.shape[1:]
@@ -219,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     diffusers_logging.disable_progress_bar()
     try:
         result = evaluate(args, data)
-    except (DataError, CheckpointError) as error:
+    except (DataError, CheckpointError, ValueError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
     print(f"held-out bits/dim: {result['bits_per_dim']:.3f} +- {result['combined_error']:.3f}")

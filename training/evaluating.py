@@ -32,15 +32,19 @@ def bits_per_dim(
     batch_size: int,
     method: str | None = None,
     num_steps: int | None = None,
+    options: dict[str, Any] | None = None,
     progress_bar: bool = False,
     process_index: int = 0,
     num_processes: int = 1,
 ) -> dict[str, Any]:
     """Bits/dim of `images` by the ELBO, its terms and its errors; the images are shared out among the processes.
 
+    Arguments:
+        options: further arguments of evaluate_likelihood.
     Returns:
         bits_per_dim, standard_error (of the estimate for these images), sampling_error (between images), prior, diffusion,
-        reconstruction (bits/dim, where the method has them), num_images, method, num_model_evaluations.
+        reconstruction (bits/dim, where the method has them), num_images, method, num_model_evaluations, settings, and
+        per_image: nats and terms of each image, in nats and in the images' order.
     """
     mine = torch.arange(process_index, len(images), num_processes)
     parts: list[dict[str, Any]] = []
@@ -58,9 +62,11 @@ def bits_per_dim(
             method=method,
             num_steps=num_steps,
             progress_bar=progress_bar,
+            **(options or {}),
         )
         part = {"nats": report.nats.tolist(), "error": report.standard_error * len(mine), "method": report.method}
         part |= {"evaluations": report.num_model_evaluations, "is_bound": report.is_bound}
+        part |= {"settings": report.settings, "index": mine.tolist()}
         for term in TERMS:
             values = getattr(report, term)
             part[term] = None if values is None else values.tolist()
@@ -74,10 +80,16 @@ def bits_per_dim(
         "standard_error": math.sqrt(sum(part["error"] ** 2 for part in parts)) / len(nats),
         "sampling_error": float(nats.std(ddof=1) / math.sqrt(len(nats)) * to_bits) if len(nats) > 1 else math.nan,
     }
+    order = np.argsort(np.concatenate([part["index"] for part in parts]))
+    per_image = {"nats": nats[order].tolist()}
     for term in TERMS:
         if parts[0][term] is not None:
-            result[term] = float(np.concatenate([part[term] for part in parts]).mean() * to_bits)
+            values = np.concatenate([part[term] for part in parts])
+            result[term] = float(values.mean() * to_bits)
+            per_image[term] = values[order].tolist()
     return result | {
+        "settings": parts[0]["settings"],
+        "per_image": per_image,
         "num_images": len(nats),
         "method": parts[0]["method"],
         "is_bound": parts[0]["is_bound"],
