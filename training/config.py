@@ -21,6 +21,7 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from vdm_diffusers.decoders import PixelEncoding
+from vdm_diffusers.models.autoencoder_variational import Likelihood
 from vdm_diffusers.objectives import Objective
 from vdm_diffusers.prediction import PredictionType
 
@@ -114,6 +115,9 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
+    model: Literal["vdm", "vae", "hvae"] = argument(
+        "vdm", "vdm: a diffusion model. vae, hvae: a (hierarchical) variational autoencoder, trained by its own bound."
+    )
     model_config_name_or_path: str | None = argument(
         None,
         "config.json, folder or Hub repository of a UNet2DModel, DiTTransformer2DModel, FourierFeaturesUNet or VDMUNet2DModel, made afresh from it. None: a "
@@ -135,6 +139,15 @@ class ModelArguments:
     class_conditional: bool = argument(False, "Condition on the data set's class labels.")
     class_dropout: float = argument(
         0.0, "Probability of replacing a label by 'no class' while training (for classifier-free guidance)."
+    )
+    latent_channels: int = argument(4, "vae, hvae: channels of every latent.")
+    block_out_channels: list[int] = argument(
+        [32, 64],
+        "vae, hvae: width at every resolution, from the finest on, each half as high and wide as the one before.",
+    )
+    num_layers: int = argument(2, "hvae: layers of latents.")
+    likelihood: Likelihood = argument(
+        "discretized_logistic", "vae, hvae: of a pixel's level given the latents; bernoulli for 2 levels."
     )
 
 
@@ -429,6 +442,7 @@ def check_arguments(arguments: Arguments) -> None:
         *("eval_num_samples", "eval_batch_size", "num_sample_images", "ddpm_num_inference_steps", "learning_rate"),
         *("ddpm_num_steps", "max_train_steps", "resolution", "max_train_samples", "eval_max_images", "min_snr_gamma"),
         *("ema_inv_gamma", "adam_epsilon", "hidden_channels", "layers_per_block", "norm_num_groups"),
+        *("latent_channels", "num_layers"),
     ]
     for name in positive:
         if values[name] is not None and not values[name] > 0:

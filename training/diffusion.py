@@ -74,18 +74,18 @@ class Losses:
 
     Attributes:
         values: (count,) on the device, as under uniform times.
-        times: where they were taken.
+        times: where they were taken; None for a model without times.
         ends: (count,) bits/dim of prior and reconstruction, where the end points are learned; else None.
     """
 
     values: Tensor
-    times: Times
+    times: Times | None
     ends: Tensor | None = None
 
     @property
     def weighted(self) -> Tensor:
         """(count,) what is averaged and backpropagated: an unbiased estimate, however the times were drawn."""
-        importance = self.times.importance
+        importance = None if self.times is None else self.times.importance
         return self.values if importance is None else self.values * importance.to(self.values)
 
 

@@ -44,6 +44,8 @@ class TimeLearning:
 
     def collect(self, accelerator: Accelerator, losses: Losses) -> None:
         """Take in a micro-batch, after its backward pass."""
+        if losses.times is None:
+            return
         if losses.times.cut is not None:
             scale = 1 / (len(losses.values) * accelerator.gradient_accumulation_steps)
             if accelerator.scaler is not None:

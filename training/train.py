@@ -49,6 +49,7 @@ from diffusers.utils import logging as diffusers_logging
 from diffusion import DiffusionTask, Losses, Rows, make_scheduler
 from ema import EMA
 from evaluating import TERMS, bits_per_dim, combined_error, draw_samples
+from latent_models import MODEL_CLASSES, LatentTask, latent_bits_per_dim, make_latent_model, sampled_levels
 from networks import make_network, no_class_label
 from plots import image_grid
 from randomness import DataOrder, seed_dropout
@@ -77,6 +78,7 @@ SAMPLES_FOLDER = "samples"
 SAMPLES_FILE = "samples.png"
 OWN_FILES = (
     *("model_index.json", "unet", "scheduler", "README.md"),
+    *("config.json", "diffusion_pytorch_model.safetensors"),
     *(ARGUMENTS_FILE, METRICS_FILE, SAMPLES_FOLDER, SAMPLES_FILE),
 )
 NUM_BINS = 16  # of log SNR, for the loss by log SNR
@@ -124,6 +126,16 @@ def idle_cores(accelerator: Accelerator) -> str | None:
         f"warning: {local} process(es) with {torch.get_num_threads()} thread(s) each use {used} of {cores} cores. "
         f"Set OMP_NUM_THREADS={cores // local} (or --num_cpu_threads_per_process of `accelerate launch`)."
     )
+
+
+def check_latent_run(args: Arguments, accelerator: Accelerator) -> None:
+    """Raise SetupError if a model with a learned encoder is asked for what only diffusion models can do here."""
+    if args.model.model == "vdm":
+        return
+    if accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
+        raise SetupError(f"--model {args.model.model} trains in one process and in float32.")
+    if args.run.push_to_hub:
+        raise SetupError(f"--model {args.model.model} has no model card yet: save it, and use its own push_to_hub.")
 
 
 def prepare_output_dir(args: Arguments, accelerator: Accelerator) -> Path:
@@ -224,11 +236,13 @@ class Meter:
 
     def add_losses(self, batch: Losses) -> None:
         """The losses of a micro-batch: their mean over uniform times, and each in its bin."""
-        position = (batch.times.log_snr.detach() - self.lowest) / (self.highest - self.lowest) * NUM_BINS
-        bins = position.floor().clamp(0, NUM_BINS - 1).long().to(self.sums.device, non_blocking=True)
         losses = batch.values.detach().float()
         self.sums[0] += batch.weighted.detach().float().sum()
         self.sums[1] += len(losses)
+        if batch.times is None:
+            return
+        position = (batch.times.log_snr.detach() - self.lowest) / (self.highest - self.lowest) * NUM_BINS
+        bins = position.floor().clamp(0, NUM_BINS - 1).long().to(self.sums.device, non_blocking=True)
         self.sums.index_add_(0, 4 + bins, losses)
         self.sums.index_add_(0, 4 + NUM_BINS + bins, torch.ones_like(losses))
 
@@ -322,6 +336,7 @@ class Training:
         self.args, self.accelerator = args, accelerator
         optimization, device = args.optimization, accelerator.device
         check_launch(accelerator)
+        check_latent_run(args, accelerator)
         self.output_dir = prepare_output_dir(args, accelerator)
         resume_from, self.warnings = None, [idle_cores(accelerator)]
         if args.run.resume_from_checkpoint:
@@ -343,7 +358,10 @@ class Training:
 
         set_seed(optimization.seed)
         try:
-            self.network = make_network(args, self.train_images)
+            if self.is_latent:
+                self.network = make_latent_model(args, self.train_images, self.num_levels)
+            else:
+                self.network = make_network(args, self.train_images)
             self.scheduler = make_scheduler(args.diffusion)
         except ValueError as error:  # sizes or schedules that cannot be; the message says which
             raise SetupError(str(error)) from error
@@ -386,19 +404,22 @@ class Training:
             num_training_steps=self.num_steps,
         ).lr_lambdas[0]
         self.batches = Batches(self.train_images, DataOrder(len(self.train_images), optimization.seed), device)
-        self.task = DiffusionTask(
-            args.diffusion,
-            self.scheduler,
-            num_levels=self.num_levels,
-            seed=optimization.seed,
-            device=device,
-            random_flip=args.data.random_flip,
-            num_classes=self.num_classes,
-            class_dropout=args.model.class_dropout,
-            dropped_label=no_class_label(self.network, self.train_images),
-            learned_schedule=self.time.schedule,
-            sampler=self.time.sampler,
-        )
+        common = {"seed": optimization.seed, "device": device, "random_flip": args.data.random_flip}
+        self.task: LatentTask | DiffusionTask
+        if self.is_latent:
+            self.task = LatentTask(self.network, **common)
+        else:
+            self.task = DiffusionTask(
+                args.diffusion,
+                self.scheduler,
+                num_levels=self.num_levels,
+                num_classes=self.num_classes,
+                class_dropout=args.model.class_dropout,
+                dropped_label=no_class_label(self.network, self.train_images),
+                learned_schedule=self.time.schedule,
+                sampler=self.time.sampler,
+                **common,
+            )
         self.meter = Meter(self.scheduler, device)
         self.log = Log(accelerator, args, self.output_dir, self.step)
         self.stop = StopSignal(accelerator)
@@ -426,6 +447,11 @@ class Training:
     def averaged(self) -> ModelMixin:
         """The network that is evaluated, sampled and published: the average's, or the trained one."""
         return self.network if self.ema is None else self.ema.model
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether a model with a learned encoder is trained: it is saved as a model, and is no pipeline."""
+        return self.args.model.model != "vdm"
 
     def pipeline(self) -> VDMPipeline:
         """A pipeline of the averaged network, in eval mode."""
@@ -552,12 +578,19 @@ class Training:
             accelerator.print(warning)
         parameters = sum(p.numel() for p in self.network.parameters())
         shape = "x".join(map(str, self.train_images.images.shape[1:]))
+        diffusion = self.args.diffusion
+        objective = (
+            "trained by its bound"
+            if self.is_latent
+            else (
+                f"predicts {diffusion.prediction_type}, loss {diffusion.loss} in "
+                f"{'discrete' if self.task.discrete else 'continuous'} time, schedule {diffusion.ddpm_beta_schedule}"
+            )
+        )
         accelerator.print(
             f"training on {self.train_images.name} ({shape}, {self.num_levels} levels)\n"
             f"evaluating on {self.eval_images.name}\n"
-            f"network: {type(self.network).__name__}, {parameters / 1e6:.2f}M weights; predicts {self.args.diffusion.prediction_type}, "
-            f"loss {self.args.diffusion.loss} in {'discrete' if self.task.discrete else 'continuous'} time, schedule "
-            f"{self.args.diffusion.ddpm_beta_schedule}\n"
+            f"network: {type(self.network).__name__}, {parameters / 1e6:.2f}M weights; {objective}\n"
             f"{self.num_steps} optimiser steps of {self.global_batch} images ({self.rows} x {accelerator.num_processes} process(es) x "
             f"{optimization.gradient_accumulation_steps} micro-batch(es)), {self.num_steps * self.global_batch / len(self.train_images):.1f} "
             f"epochs, on {accelerator.device}, precision {accelerator.mixed_precision}\n"
@@ -569,15 +602,21 @@ class Training:
     def evaluate(self) -> None:
         """Bits/dim of the held-out images with the averaged weights."""
         self.averaged.eval()
-        result = bits_per_dim(
-            self.pipeline(),
-            self.eval_images,
-            seed=self.args.optimization.seed,
-            num_samples=self.args.run.eval_num_samples,
-            batch_size=self.args.run.eval_batch_size,
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
-        )
+        common = {
+            "seed": self.args.optimization.seed,
+            "num_samples": self.args.run.eval_num_samples,
+            "batch_size": self.args.run.eval_batch_size,
+        }
+        if self.is_latent:
+            result = latent_bits_per_dim(self.averaged, self.eval_images, **common)
+        else:
+            result = bits_per_dim(
+                self.pipeline(),
+                self.eval_images,
+                process_index=self.accelerator.process_index,
+                num_processes=self.accelerator.num_processes,
+                **common,
+            )
         self.network.train()
         self.last_evaluation = result
         self.log.write(self.step, {f"eval/{name}": value for name, value in result.items()})
@@ -590,15 +629,17 @@ class Training:
         """A grid of samples, from the same noise each time."""
         if self.accelerator.is_main_process:
             self.averaged.eval()
-            pipeline = self.pipeline()
-            levels = draw_samples(
-                pipeline,
-                self.args.run.num_sample_images,
-                seed=self.args.optimization.seed,
-                num_inference_steps=self.args.diffusion.ddpm_num_inference_steps,
-                batch_size=self.args.run.eval_batch_size,
-                num_classes=self.num_classes if self.args.model.class_conditional else None,
-            )
+            common = {"seed": self.args.optimization.seed, "batch_size": self.args.run.eval_batch_size}
+            if self.is_latent:
+                levels = sampled_levels(self.averaged, self.args.run.num_sample_images, **common)
+            else:
+                levels = draw_samples(
+                    self.pipeline(),
+                    self.args.run.num_sample_images,
+                    num_inference_steps=self.args.diffusion.ddpm_num_inference_steps,
+                    num_classes=self.num_classes if self.args.model.class_conditional else None,
+                    **common,
+                )
             self.network.train()
             grid = image_grid(levels, self.num_levels)
             folder = self.output_dir / SAMPLES_FOLDER
@@ -638,9 +679,10 @@ class Training:
             with atomic_folder(self.output_dir / "pipeline") as folder:
                 self._write_pipeline(folder)
             written = self.output_dir / "pipeline"
-            names = [path.name for path in written.iterdir() if path.name not in ("model_index.json", "manifest.json")]
-            (self.output_dir / "model_index.json").unlink(missing_ok=True)
-            for name in [*names, "model_index.json"]:
+            index = "config.json" if self.is_latent else "model_index.json"
+            names = [path.name for path in written.iterdir() if path.name not in (index, "manifest.json")]
+            (self.output_dir / index).unlink(missing_ok=True)
+            for name in [*names, index]:
                 if (self.output_dir / name).exists():
                     discard(self.output_dir / name)
                 (written / name).rename(self.output_dir / name)
@@ -650,7 +692,7 @@ class Training:
 
     def publish(self) -> None:
         """The model card in --output_dir, and with --push_to_hub the model, its card and its pictures on the Hub."""
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and not self.is_latent:
             images = {}
             if self.last_samples is not None:
                 shutil.copyfile(self.last_samples, self.output_dir / SAMPLES_FILE)
@@ -720,7 +762,7 @@ class Training:
         )
 
     def _write_pipeline(self, folder: Path) -> None:
-        self.pipeline().save_pretrained(folder)
+        (self.averaged if self.is_latent else self.pipeline()).save_pretrained(folder)
         write_json(folder / ARGUMENTS_FILE, self.description())
 
     def _load_weights(self, checkpoint: Path) -> None:
@@ -732,7 +774,11 @@ class Training:
             self.network.load_state_dict(load_file(state / "weights.safetensors"))
             self.time.load(state)
             if self.ema is not None:
-                self.ema.model.load_state_dict(VDMPipeline.from_pretrained(checkpoint).unet.state_dict())
+                if self.is_latent:
+                    averaged = MODEL_CLASSES[self.args.model.model].from_pretrained(checkpoint)
+                else:
+                    averaged = VDMPipeline.from_pretrained(checkpoint).unet
+                self.ema.model.load_state_dict(averaged.state_dict())
         except RuntimeError as error:
             raise CheckpointError(
                 f"{checkpoint} is of another network than the arguments describe: {error}"
