@@ -25,8 +25,9 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from vdm_diffusers.decoders import PIXEL_ENCODINGS, decode_pixels
 from vdm_diffusers.gaussian import alpha_sigma
 from vdm_diffusers.hub import ModelDescription, has_travelled, publish_folder, write_model_card, write_travelling_code
-from vdm_diffusers.models.labels import default_label
+from vdm_diffusers.models.labels import default_label, null_label
 from vdm_diffusers.numerics import expand_to
+from vdm_diffusers.pipelines.conditioning import Images, KnownRegion, guide, image_tensor, image_values
 from vdm_diffusers.safety import check_checkpoint, check_repository
 
 FORMAT_VERSION = 1  # of the checkpoint: raised when an older package would misread what a newer one wrote
@@ -257,8 +258,15 @@ class VDMPipeline(DiffusionPipeline):
         | MultiPipelineCallbacks
         | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        *,
+        guidance_scale: float = 1.0,
+        negative_class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        image: Images | None = None,
+        strength: float | None = None,
+        mask: torch.Tensor | None = None,
+        num_particles: int = 1,
     ) -> ImagePipelineOutput | tuple:
-        r"""Sample images.
+        r"""Sample images: freely, guided towards a class, from an image, or around known pixels.
 
         Args:
             batch_size: number of images; `None`: as many as there are `latents` or `class_labels`, else one.
@@ -273,6 +281,15 @@ class VDMPipeline(DiffusionPipeline):
             callback_on_step_end: called as `callback(pipe, index, timestep, {"latents": ...})` after every step; a dictionary that
                 it returns replaces the latents. Setting `pipe.interrupt = True` ends the sampling after this step.
             callback_on_step_end_tensor_inputs: the names that the callback is given; only `latents` exists.
+            guidance_scale: g of classifier-free guidance, `negative + g (conditional - negative)`: 1 is the model itself, more
+                drives towards the class at two evaluations a step. Guided samples are no draws of the model.
+            negative_class_labels: what guidance drives away from; `None`: the model's label for "no class".
+            image: PIL images, floats in [0, 1] or integer levels, to start from or to complete. One serves the whole batch.
+            strength: the share of the grid, in (0, 1], that is run, from `image` with the noise of that level; `None`: 1 with a
+                `mask`, else 0.8.
+            mask: `(H, W)`, or broadcastable to the images; 1 where pixels are to be made, 0 where `image` holds.
+            num_particles: with a `mask`: K simulations for each image, resampled so that the result tends to the model's own
+                conditional distribution as K grows. Needs a `VDMScheduler` with ancestral sampling.
 
         Raises:
             ValueError: if an argument does not fit the others or the model, before anything is computed; if the latents
@@ -286,6 +303,14 @@ class VDMPipeline(DiffusionPipeline):
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        x = None if image is None else image_tensor(image, self.config.num_levels, self.config.pixel_encoding)
+        if (
+            x is not None
+            and batch_size is None
+            and latents is None
+            and (class_labels is None or _is_one(class_labels))
+        ):
+            batch_size = len(x)
         shape = self._check_inputs(
             batch_size,
             num_inference_steps,
@@ -294,6 +319,20 @@ class VDMPipeline(DiffusionPipeline):
             generator,
             output_type,
             callback_on_step_end_tensor_inputs,
+        )
+        if x is not None and latents is None:
+            shape = (*shape[:2], x.shape[2], x.shape[3])
+        self._check_conditioning(
+            shape,
+            class_labels,
+            guidance_scale,
+            negative_class_labels,
+            x,
+            strength,
+            mask,
+            latents,
+            num_particles,
+            generator,
         )
         device = self._execution_device
         dtype = torch.promote_types(self.unet.dtype, torch.float32)
@@ -304,10 +343,16 @@ class VDMPipeline(DiffusionPipeline):
         if latents is None:
             # mps draws from the CPU's generator, which alone is reproducible there
             source = torch.device("cpu") if device.type == "mps" else device
-            latents = randn_tensor(shape, generator=generator, device=source, dtype=dtype)
+            rows = (shape[0] * num_particles, *shape[1:])
+            latents = randn_tensor(rows, generator=generator, device=source, dtype=dtype)
         latents = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
         class_labels = default_label(self.unet) if class_labels is None else class_labels
-        conditioning = {} if class_labels is None else {"class_labels": _labels(class_labels, shape[0]).to(device)}
+        conditioning, negative = (
+            {}
+            if labels is None
+            else {"class_labels": _labels(labels, shape[0]).repeat_interleave(num_particles).to(device)}
+            for labels in (class_labels, self._negative_labels(guidance_scale, negative_class_labels))
+        )
         # A network that reads the last bits of the sample says so; any other gets it in the dtype of its weights.
         model_dtype = dtype if getattr(self.unet, "takes_float32_sample", False) else self.unet.dtype
         # deterministic schedulers of Diffusers take no generator
@@ -317,12 +362,32 @@ class VDMPipeline(DiffusionPipeline):
 
         self.interrupt = False
         timesteps = self.scheduler.timesteps
+        region, first = None, 0
+        if x is not None:
+            strength = (0.8 if mask is None else 1.0) if strength is None else strength
+            first = len(timesteps) - max(1, round(strength * len(timesteps)))
+            if hasattr(self.scheduler, "set_begin_index"):  # the stateful ones of Diffusers
+                self.scheduler.set_begin_index(first)
+            x = x.to(device=device, dtype=dtype).expand(shape)
+            repeated = x.repeat_interleave(num_particles, 0)
+            noised = self.scheduler.add_noise(repeated, latents, timesteps[first].expand(len(repeated)))
+            if mask is not None:
+                region = KnownRegion(self.scheduler, x, mask, num_particles, generator)
+                latents = region.begin(noised if first else latents, noised)
+            else:
+                latents = noised
         with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, t in enumerate(timesteps):
+            for i, t in enumerate(timesteps[first:], first):
                 model_input = self.scheduler.scale_model_input(latents, t).to(model_dtype)
-                model_output = self.unet(model_input, t.expand(shape[0]), **conditioning).sample.to(dtype)
+                model_output = self.unet(model_input, t.expand(len(latents)), **conditioning).sample.to(dtype)
+                if negative:
+                    unguided = self.unet(model_input, t.expand(len(latents)), **negative).sample.to(dtype)
+                    model_output = guide(model_output, unguided, guidance_scale, shape[1])
                 model_output = self._without_unused_variance(model_output, shape[1])
+                before = latents
                 latents = self.scheduler.step(model_output, t, latents, **step_kwargs, return_dict=False)[0]
+                if region is not None:
+                    latents = region.condition(i, before, model_output, latents)
                 if callback_on_step_end is not None:
                     tensors = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
                     latents = (callback_on_step_end(self, i, t, tensors) or {}).get("latents", latents)
@@ -330,9 +395,60 @@ class VDMPipeline(DiffusionPipeline):
                 if self.interrupt:
                     break
 
+        if region is not None:
+            latents = region.choose(latents)
         images = latents if output_type == "latent" else self._to_images(latents, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def interpolate(
+        self,
+        first: Images,
+        second: Images,
+        num_images: int,
+        *,
+        strength: float = 0.5,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int | None = None,
+        class_labels: int | Sequence[int] | torch.Tensor | None = None,
+        output_type: str = "pil",
+    ) -> Any:
+        """`num_images` images from one image to another: their blends, given the same noise of a level and made images again.
+
+        The blend of two noised images is the noised blend. At a low `strength` the blends stay visible, at a high one the model has
+        the say.
+
+        Args:
+            first, second: one image each, as `image` of `__call__`.
+            num_images: how many, both ends among them, each run through noise like the rest; at least 2.
+            strength, generator, num_inference_steps, class_labels, output_type: as in `__call__`.
+
+        Raises:
+            ValueError: fewer than two images, or more than one at an end.
+
+        Source: Ho et al. 2020, "Denoising diffusion probabilistic models", section 4.3 and figure 8.
+        """
+        ends = [image_values(image, self.config.num_levels) for image in (first, second)]
+        if num_images < 2 or any(len(end) != 1 for end in ends):
+            raise ValueError(
+                f"`num_images` must be at least 2 and `first` and `second` one image each, got {num_images}, {len(ends[0])} and "
+                f"{len(ends[1])}."
+            )
+        fraction = torch.linspace(0, 1, num_images, dtype=torch.float64)[:, None, None, None]
+        blend = (1 - fraction) * ends[0] + fraction * ends[1]
+        seed = int(torch.randint(2**62, (), generator=generator))
+        noise = torch.randn(ends[0].shape, generator=torch.Generator().manual_seed(seed))
+        return self(
+            num_inference_steps=num_inference_steps,
+            class_labels=class_labels,
+            latents=noise.expand(blend.shape),
+            # the steps' noise is the same for all images too
+            generator=[torch.Generator().manual_seed(seed) for _ in blend],
+            output_type=output_type,
+            image=blend,
+            strength=strength,
+            return_dict=False,
+        )[0]
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """The last latents of the grid -> integer levels `k` in 0..num_levels-1: int64 `(B, C, H, W)`.
@@ -355,6 +471,63 @@ class VDMPipeline(DiffusionPipeline):
         if model_output.shape[1] == 2 * num_channels and not learned:
             return model_output[:, :num_channels]
         return model_output
+
+    def _negative_labels(
+        self, guidance_scale: float, negative_class_labels: int | Sequence[int] | torch.Tensor | None
+    ) -> int | Sequence[int] | torch.Tensor | None:
+        if guidance_scale == 1:
+            return None
+        return null_label(self.unet) if negative_class_labels is None else negative_class_labels
+
+    def _check_conditioning(
+        self,
+        shape: tuple[int, int, int, int],
+        class_labels: int | Sequence[int] | torch.Tensor | None,
+        guidance_scale: float,
+        negative_class_labels: int | Sequence[int] | torch.Tensor | None,
+        x: torch.Tensor | None,
+        strength: float | None,
+        mask: torch.Tensor | None,
+        latents: torch.Tensor | None,
+        num_particles: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> None:
+        """A ValueError that says which condition does not fit."""
+        if guidance_scale != 1:
+            if class_labels is None:
+                raise ValueError("`guidance_scale` needs `class_labels`: the classes to drive towards.")
+            if self._negative_labels(guidance_scale, negative_class_labels) is None:
+                raise ValueError(
+                    "`negative_class_labels` are needed: the model has no label of its own that means 'no class'. Pass the one that it "
+                    "was trained with in place of dropped labels."
+                )
+        elif negative_class_labels is not None:
+            raise ValueError("`negative_class_labels` need a `guidance_scale` other than 1.")
+        if x is None:
+            if mask is not None or strength is not None or num_particles != 1:
+                raise ValueError("`mask`, `strength` and `num_particles` need an `image`.")
+            return
+        if len(x) not in (1, shape[0]) or tuple(x.shape[1:]) != shape[1:]:
+            raise ValueError(f"`image` must be one image or {shape[0]} of shape {shape[1:]}, got {tuple(x.shape)}.")
+        if strength is not None and not 0 < strength <= 1:
+            raise ValueError(f"`strength` must lie in (0, 1], got {strength}.")
+        if num_particles < 1 or (num_particles > 1 and mask is None):
+            raise ValueError(f"`num_particles` must be at least 1, and needs a `mask`, got {num_particles}.")
+        if mask is not None:
+            try:
+                torch.broadcast_to(mask, shape)
+            except RuntimeError as error:
+                raise ValueError(f"`mask` must be broadcastable to {shape}, got {tuple(mask.shape)}.") from error
+        if num_particles > 1:
+            config = self.scheduler.config
+            ancestral = config.get("stochasticity") == 1 and config.get("multistep_order") == 1
+            if not ancestral or config.variance_type.startswith("learned"):
+                raise ValueError(
+                    "`num_particles` above 1 needs a VDMScheduler with stochasticity=1, multistep_order=1 and a variance that is not "
+                    "learned: the particles are weighed by the density of its steps."
+                )
+            if latents is not None or isinstance(generator, list):
+                raise ValueError("`num_particles` above 1 goes with neither `latents` nor a list of generators.")
 
     def _check_inputs(
         self,
@@ -423,6 +596,10 @@ def levels_to_images(levels: torch.Tensor, num_levels: int, output_type: str) ->
     pixels = ((2 * pixels * 255 + highest) // (2 * highest)).astype(np.uint8)  # rounded in whole numbers
     mode = _PIL_MODES[pixels.shape[-1]]
     return [PIL.Image.fromarray(image[..., 0] if mode == "L" else image, mode=mode) for image in pixels]
+
+
+def _is_one(class_labels: int | Sequence[int] | torch.Tensor) -> bool:
+    return torch.as_tensor(class_labels).ndim == 0
 
 
 def _labels(class_labels: int | Sequence[int] | torch.Tensor, batch_size: int) -> torch.Tensor:
