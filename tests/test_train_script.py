@@ -147,7 +147,7 @@ def test_stopped_by_sigterm_then_killed_then_resumed_is_the_unbroken_run(unbroke
     arguments = command(recipe, output_dir)[2:]
 
     def wait_for(process, reached):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not reached():
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
@@ -161,7 +161,7 @@ def test_stopped_by_sigterm_then_killed_then_resumed_is_the_unbroken_run(unbroke
     terminated = subprocess.Popen([sys.executable, "-c", start.format(0.3), *arguments], **options)
     wait_for(terminated, lambda: last_step() >= 1)
     terminated.send_signal(signal.SIGTERM)
-    said, _ = terminated.communicate(timeout=120)
+    said, _ = terminated.communicate(timeout=300)
     assert terminated.returncode == train.EXIT_TERMINATED == 143, said
     assert "state saved at step" in said
     (stopped,) = list_checkpoints(output_dir)
@@ -373,7 +373,7 @@ def test_what_reaches_the_hub(recipe, tmp_path):
         assert created[0].target != committed[0].target
     code = {name for name in files if name.endswith("vdm_diffusers.py")}
     model = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"}
-    rest = {".gitattributes", "README.md", "samples.png", "model_index.json", "training_arguments.json"}
+    rest = {".gitattributes", "README.md", "samples.png", "model_index.json"}
     assert set(files) == code | model | rest
     assert list_checkpoints(output_dir)  # which stayed at home
 
@@ -418,13 +418,13 @@ def test_processes_agree_to_stop(recipe, tmp_path):
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment}
     launched = subprocess.Popen([sys.executable, *launch, *argv[1:]], **options)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (output_dir / "metrics.jsonl").exists() or not metrics(output_dir):
         assert launched.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
     launched.terminate()
-    launched.wait(timeout=120)
+    launched.wait(timeout=300)
     (stopped,) = list_checkpoints(output_dir)
     assert int(stopped.name.split("-")[1]) % train.STOP_INTERVAL == 0
     verify(stopped)
