@@ -748,7 +748,7 @@ class Training:
             license=args.run.hub_license,
             training=f"Trained on {self.train_images.name}: {self.step} optimiser steps of {self.global_batch} images, loss "
             f"{args.diffusion.loss}, schedule {args.diffusion.ddpm_beta_schedule}, {parameters / 1e6:.2f}M weights"
-            f"{', averaged' if self.ema else ''}. All arguments: {ARGUMENTS_FILE}.",
+            f"{', averaged' if self.ema else ''}.",
             training_data=[identifier] if on_hub else [],
             provenance=provenance,
             duration=f"{self.seconds() / 60:.1f} minutes, evaluations included",
