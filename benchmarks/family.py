@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--max_test_images", type=int, default=1000)
     parser.add_argument("--num_repeats", type=int, default=16, help="evaluations of each test image")
     parser.add_argument(
-        "--output", type=Path, default=Path("outputs/family"), help="folder of the table and the pictures"
+        "--output", type=Path, default=Path("outputs/family"), help="folder of the table, the models and the pictures"
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -277,7 +277,9 @@ def main() -> None:
     rows = []
     for name in args.models:
         row = run(name, train_levels, test_levels, num_levels, args.budget, args.num_repeats)
-        draw(row.pop("model"), test_levels, num_levels, args.output / f"{name}.png")
+        model = row.pop("model")
+        model.save_pretrained(args.output / name)
+        draw(model, test_levels, num_levels, args.output / f"{name}.png")
         rows.append(row)
         print(f"{NAMES[name]}: {row['bits_per_dim']:.3f} bits/dim", flush=True)
         (args.output / "family.json").write_text(
