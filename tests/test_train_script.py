@@ -193,15 +193,21 @@ def test_two_processes_and_accumulation_are_the_same_run(run, recipe, tmp_path):
     assert run(tmp_path / "accumulated", train_batch_size=8, gradient_accumulation_steps=2, **options) == 0
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     argv = command(recipe, tmp_path / "two", train_batch_size=8, **options)
-    done = subprocess.run(
+    launched = subprocess.Popen(
         [sys.executable, *launch, *argv[1:]],
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
-    assert done.returncode == 0, done.stderr
-    assert "16 images (8 x 2 process(es) x 1 micro-batch(es))" in done.stdout
+    try:
+        said, complained = launched.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        launched.terminate()  # not kill: the launcher then ends its workers, which would outlive it
+        launched.communicate()
+        raise
+    assert launched.returncode == 0, complained
+    assert "16 images (8 x 2 process(es) x 1 micro-batch(es))" in said
     assert json.loads((tmp_path / "two" / "training_arguments.json").read_text())["num_processes"] == 2
     assert list(metrics(tmp_path / "two", "eval/num_images").values()) == [8]
     want = weights(tmp_path / "one")
