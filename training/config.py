@@ -229,6 +229,9 @@ class OptimizationArguments:
     )
     train_batch_size: int = argument(16, "Images in one forward pass of one process.")
     gradient_accumulation_steps: int = argument(1, "Forward passes to an optimiser step.")
+    optimizer: Literal["adamw", "muon"] = argument(
+        "adamw", "AdamW for all weights, or Muon for the matrices and AdamW for the rest, at one learning rate."
+    )
     learning_rate: float = argument(1e-4, "Highest learning rate.")
     lr_scheduler: LRSchedule = argument("cosine", "Course of the learning rate over the optimiser steps.")
     lr_warmup_steps: int = argument(500, "Optimiser steps of linear warm-up.")

@@ -51,6 +51,7 @@ from ema import EMA
 from evaluating import TERMS, bits_per_dim, combined_error, draw_samples
 from latent_models import MODEL_CLASSES, LatentTask, latent_bits_per_dim, make_latent_model, sampled_levels
 from networks import make_network, no_class_label
+from optimizers import make_optimizer
 from plots import image_grid
 from randomness import DataOrder, seed_dropout
 from safetensors.torch import load_file, save_file
@@ -381,7 +382,8 @@ class Training:
             self._load_weights(resume_from)
         if optimization.compile:
             self.network.compile()
-        optimizer = torch.optim.AdamW(
+        optimizer = make_optimizer(
+            optimization.optimizer,
             self.network.parameters(),
             lr=optimization.learning_rate,
             betas=(optimization.adam_beta1, optimization.adam_beta2),
@@ -461,7 +463,7 @@ class Training:
     # --- one step
 
     def optimizer_step(self) -> None:
-        """One optimiser step: all micro-batches of this process, then clipping, AdamW, EMA."""
+        """One optimiser step: all micro-batches of this process, then clipping, optimiser, EMA."""
         optimization, accelerator = self.args.optimization, self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = optimization.learning_rate * self.learning_rate_factor(self.step)

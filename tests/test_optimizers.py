@@ -1,0 +1,102 @@
+"""Muon with AdamW: the maintained optimisers' own steps, on a network's mixed weights; states that resume exactly."""
+
+import copy
+
+import optimizers
+import pytest
+import torch
+from torch import nn
+
+pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+SETTINGS = {"betas": (0.9, 0.99), "weight_decay": 0.03, "eps": 1e-8, "fused": False}
+
+
+def network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 18, 3, padding=1),
+        nn.SiLU(),
+        nn.GroupNorm(2, 18),
+        nn.Conv2d(18, 20, 3),
+        nn.Flatten(),
+        nn.Linear(20 * 9, 2),
+    )
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(7, 3, 5, 5, generator=generator)
+        (model(x) - x.mean((2, 3))[:, :2]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_matrices_get_muons_step_and_the_rest_adamws():
+    model, reference = network(), network()
+    optimizer = optimizers.make_optimizer("muon", model.parameters(), lr=0.02, **SETTINGS)
+    matrices = [p for p in reference.parameters() if p.ndim == 4]
+    assert [tuple(p.shape) for p in optimizer.matrices] == [
+        tuple(p.shape) for p in matrices
+    ]  # not the (2, 180) output
+    flat = [nn.Parameter(p.detach().reshape(p.shape[0], -1).clone()) for p in matrices]
+    muon = torch.optim.Muon(flat, lr=0.02, weight_decay=0.03, adjust_lr_fn="match_rms_adamw")
+    rest = [p for p in reference.parameters() if p.ndim != 4]
+    adamw = torch.optim.AdamW(rest, lr=0.02, **SETTINGS)
+    for step in range(4):
+        train(model, optimizer, range(step, step + 1))
+        x = torch.randn(7, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+        (reference(x) - x.mean((2, 3))[:, :2]).square().mean().backward()
+        for p, f in zip(matrices, flat, strict=True):
+            f.grad = p.grad.reshape(f.shape)
+        muon.step()
+        adamw.step()
+        for p, f in zip(matrices, flat, strict=True):
+            p.data = f.detach().reshape(p.shape).clone()
+        reference.zero_grad()
+        for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_channels_last_weights_take_the_same_steps():
+    model, other = network(), network().to(memory_format=torch.channels_last)
+    for m in (model, other):
+        train(m, optimizers.make_optimizer("muon", m.parameters(), lr=0.01, **SETTINGS), range(3))
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        # Muon orthogonalises in bfloat16: gradients that differ by a rounding give steps that differ by its 2^-8
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=3 * 0.01 * 2**-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_run_resumed_from_the_state_is_the_same_run(name, tmp_path):
+    model = network()
+    optimizer = optimizers.make_optimizer(name, model.parameters(), lr=0.01, **SETTINGS)
+    train(model, optimizer, range(3))
+    weights = copy.deepcopy(model.state_dict())
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    train(model, optimizer, range(3, 6))
+
+    resumed = network(seed=1)
+    resumed.load_state_dict(weights)
+    optimizer = optimizers.make_optimizer(name, resumed.parameters(), lr=0.01, **SETTINGS)
+    optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    train(resumed, optimizer, range(3, 6))
+    for ours, theirs in zip(model.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_the_learning_rate_of_every_group_can_be_set_after_loading():
+    model = network()
+    optimizer = optimizers.make_optimizer("muon", model.parameters(), lr=0.01, **SETTINGS)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = copy.deepcopy(model.state_dict())
+    train(model, optimizer, range(1))
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_a_network_without_matrices_is_refused():
+    with pytest.raises(ValueError, match="--optimizer adamw"):
+        optimizers.make_optimizer("muon", nn.Linear(3, 2).parameters(), lr=0.01, **SETTINGS)
