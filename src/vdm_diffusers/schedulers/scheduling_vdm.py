@@ -293,7 +293,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         position = timesteps.clamp(0, last)
         index = position.long()
         fraction = position - index
-        left, right = table[index], table[(index + 1).clamp(max=last)]
+        left, right = _at(table, index), _at(table, (index + 1).clamp(max=last))
         # where fraction = 0 the right neighbour has no say, not even an infinite one
         log_snr = torch.where(fraction == 0, left, (1 - fraction) * left + fraction * right)
         return torch.where(timesteps < 0, math.inf, log_snr)
@@ -588,14 +588,14 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         below = torch.where(
             below < (-1 if self._table is None else 0), -1.0, below
         )  # nothing is between x_1 and clean data
-        return torch.where(on_grid, self._ascending.to(values).take(place), below).to(timestep.dtype)
+        return torch.where(on_grid, _at(self._ascending.to(values), place), below).to(timestep.dtype)
 
     def _locate(self, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`timestep` as floats, its place in the ascending grid, and whether it is there; all on its device, nothing read."""
         values = as_float64(timestep).contiguous()
         grid = self._ascending[1:].to(values)
         place = torch.searchsorted(grid, values).clamp(max=len(grid) - 1)
-        return values, place, grid.take(place) == values
+        return values, place, _at(grid, place) == values
 
     # --- the step -----------------------------------------------------------------------------------------------------
 
@@ -724,13 +724,13 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         index = len(self._values) - 1 - place
         if on_host(timestep):
             if bool(on_grid.all()):
-                return self._checked(_rows_at(self._coefficients, index))
+                return self._checked(_at(self._coefficients, index))
             self._refuse_off_grid(values[~on_grid])
             return self._checked(self._off_grid_table(values))
         table = self._device_coefficients
         if sample.dtype == torch.float64 or table.device != sample.device:
             table = self._coefficients.to(device=sample.device, dtype=compute_dtype(sample))
-        return _rows_at(table, index.to(sample.device))
+        return _at(table, index.to(sample.device))
 
     def _checked(self, table: Tensor) -> Tensor:
         if not bool(table[..., :6].isfinite().all()):
@@ -930,9 +930,9 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         return torch.stack(alpha_sigma(torch.cat([log_snrs, log_snrs.new_tensor([math.inf])]))).to(device, dtype)
 
 
-def _rows_at(table: Tensor, index: Tensor) -> Tensor:
+def _at(table: Tensor, index: Tensor) -> Tensor:
     """table[index] for an index of any shape, zero dimensions too, where torch.compile would read a number."""
-    return table.index_select(0, index.reshape(-1)).reshape(*index.shape, table.shape[-1])
+    return table.index_select(0, index.reshape(-1)).reshape(index.shape + table.shape[1:])
 
 
 def _as_float64(value: Tensor | Sequence[float] | float | None) -> Tensor:
