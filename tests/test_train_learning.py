@@ -195,13 +195,18 @@ def test_adaptive_losses_are_weighted_back():
         ({"learn_schedule": True, "ddpm_beta_schedule": "linear"}, "log_snr_linear"),
         ({"learn_schedule": True, "time_sampling": "adaptive"}, "not adaptive"),
         ({"learn_schedule": True, "train_time": "discrete"}, "continuous"),
+        ({"learn_schedule": True, "log_snr_table": "9 1"}, "no --log_snr_table"),
         ({"learn_end_points": True}, "needs --learn_schedule"),
         ({"variance_type": "learned_range"}, "--train_time discrete"),
         ({"vlb_weight": 0}, "vlb_weight"),
     ],
 )
-def test_what_does_not_go_together_is_refused(options, complaint, capsys):
-    arguments = [token for name, value in options.items() for token in (f"--{name}", str(value))]
+def test_what_does_not_go_together_is_refused(options, complaint, tmp_path, capsys):
+    recipe = tmp_path / "empty.yaml"
+    recipe.write_text("")
+    arguments = ["--config", str(recipe)] + [
+        token for name, value in options.items() for token in (f"--{name}", *str(value).split())
+    ]
     with pytest.raises(SystemExit) as stopped:
         train.main(arguments)
     assert stopped.value.code == 2 and complaint in capsys.readouterr().err

@@ -508,6 +508,7 @@ def _check_learning(args: DiffusionArguments) -> None:
             f"--loss {' or '.join(ELBO_WEIGHTED)}": args.loss in ELBO_WEIGHTED,
             "continuous --train_time": not trains_in_discrete_time(args),
             "a --time_sampling that is not adaptive (the schedule itself is)": args.time_sampling != "adaptive",
+            "no --log_snr_table (it makes its own)": args.log_snr_table is None,
         }
         missing = [name for name, there in wanted.items() if not there]
         if missing:
