@@ -34,11 +34,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 
 def test_matrices_get_muons_step_and_the_rest_adamws():
     model, reference = network(), network()
-    optimizer = optimizers.make_optimizer("muon", model.parameters(), lr=0.02, **SETTINGS)
+    optimizer = optimizers.make_optimizer("muon", model.named_parameters(), lr=0.02, **SETTINGS)
     matrices = [p for p in reference.parameters() if p.ndim == 4]
-    assert [tuple(p.shape) for p in optimizer.matrices] == [
-        tuple(p.shape) for p in matrices
-    ]  # not the (2, 180) output
+    assert sum(map(len, optimizer.stacks)) == len(matrices)  # the kernels, and not the (2, 180) output
     flat = [nn.Parameter(p.detach().reshape(p.shape[0], -1).clone()) for p in matrices]
     muon = torch.optim.Muon(flat, lr=0.02, weight_decay=0.03, adjust_lr_fn="match_rms_adamw")
     rest = [p for p in reference.parameters() if p.ndim != 4]
@@ -55,22 +53,35 @@ def test_matrices_get_muons_step_and_the_rest_adamws():
             p.data = f.detach().reshape(p.shape).clone()
         reference.zero_grad()
         for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+            # torch's Muon orthogonalises in bfloat16, which is worth 2^-8 of an element of size 0.2 lr, enlarged by the iteration
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=(step + 1) * 0.2 * 0.02 * 2**-5)
+
+
+def test_orthogonalized_matrices_keep_their_directions():
+    matrices = torch.randn(3, 20, 33, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for result, matrix in (
+        (optimizers.orthogonalize(matrices), matrices),
+        (optimizers.orthogonalize(matrices.mT), matrices.mT),
+    ):
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        inner = u.mT @ result @ v.mT  # in the matrix's own directions: diagonal, about 1
+        diagonal = inner.diagonal(dim1=1, dim2=2)
+        assert (inner - torch.diag_embed(diagonal)).abs().max() < 1e-5
+        assert ((diagonal > 0.6) & (diagonal < 1.3)).all()
 
 
 def test_channels_last_weights_take_the_same_steps():
     model, other = network(), network().to(memory_format=torch.channels_last)
     for m in (model, other):
-        train(m, optimizers.make_optimizer("muon", m.parameters(), lr=0.01, **SETTINGS), range(3))
+        train(m, optimizers.make_optimizer("muon", m.named_parameters(), lr=0.01, **SETTINGS), range(3))
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        # Muon orthogonalises in bfloat16: gradients that differ by a rounding give steps that differ by its 2^-8
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=3 * 0.01 * 2**-6)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_run_resumed_from_the_state_is_the_same_run(name, tmp_path):
     model = network()
-    optimizer = optimizers.make_optimizer(name, model.parameters(), lr=0.01, **SETTINGS)
+    optimizer = optimizers.make_optimizer(name, model.named_parameters(), lr=0.01, **SETTINGS)
     train(model, optimizer, range(3))
     weights = copy.deepcopy(model.state_dict())
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
@@ -78,7 +89,7 @@ def test_a_run_resumed_from_the_state_is_the_same_run(name, tmp_path):
 
     resumed = network(seed=1)
     resumed.load_state_dict(weights)
-    optimizer = optimizers.make_optimizer(name, resumed.parameters(), lr=0.01, **SETTINGS)
+    optimizer = optimizers.make_optimizer(name, resumed.named_parameters(), lr=0.01, **SETTINGS)
     optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     train(resumed, optimizer, range(3, 6))
     for ours, theirs in zip(model.parameters(), resumed.parameters(), strict=True):
@@ -87,7 +98,7 @@ def test_a_run_resumed_from_the_state_is_the_same_run(name, tmp_path):
 
 def test_the_learning_rate_of_every_group_can_be_set_after_loading():
     model = network()
-    optimizer = optimizers.make_optimizer("muon", model.parameters(), lr=0.01, **SETTINGS)
+    optimizer = optimizers.make_optimizer("muon", model.named_parameters(), lr=0.01, **SETTINGS)
     optimizer.load_state_dict(optimizer.state_dict())
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -99,4 +110,4 @@ def test_the_learning_rate_of_every_group_can_be_set_after_loading():
 
 def test_a_network_without_matrices_is_refused():
     with pytest.raises(ValueError, match="--optimizer adamw"):
-        optimizers.make_optimizer("muon", nn.Linear(3, 2).parameters(), lr=0.01, **SETTINGS)
+        optimizers.make_optimizer("muon", nn.Linear(3, 2).named_parameters(), lr=0.01, **SETTINGS)

@@ -384,7 +384,7 @@ class Training:
             self.network.compile()
         optimizer = make_optimizer(
             optimization.optimizer,
-            self.network.parameters(),
+            self.network.named_parameters(),
             lr=optimization.learning_rate,
             betas=(optimization.adam_beta1, optimization.adam_beta2),
             weight_decay=optimization.adam_weight_decay,
