@@ -53,8 +53,8 @@ def test_matrices_get_muons_step_and_the_rest_adamws():
             p.data = f.detach().reshape(p.shape).clone()
         reference.zero_grad()
         for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
-            # torch's Muon orthogonalises in bfloat16, which is worth 2^-8 of an element of size 0.2 lr, enlarged by the iteration
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=(step + 1) * 0.2 * 0.02 * 2**-5)
+            # torch.s Muon iterates in bfloat16: a tenth of the step, 0.2 lr in root mean square
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=(step + 1) * 0.2 * 0.02 * 0.1)
 
 
 def test_orthogonalized_matrices_keep_their_directions():
