@@ -3,8 +3,8 @@
     first form    consistency terms    ln q(z_l | z_{l-1}) - ln p(z_l | z_{l+1})            over (z_{l-1}, z_l, z_{l+1})
     second form   denoising matching   KL(q(z_l | z_{l+1}, x) || p(z_l | z_{l+1}))          over z_{l+1}
 
-on the 8x8 digits that come with scikit-learn, with the exact denoiser of these very images (data that are N images with equal
-probability) or with a saved network. Two estimators: one drawn term, times their number (what training uses), and the sum over a
+on the 8x8 digits that come with scikit-learn, with the exact denoiser of the 1200 training images (data that are N images with
+equal probability) or with a saved network. Two estimators: one drawn term, times their number (what training uses), and the sum over a
 whole trajectory.
 
     python benchmarks/elbo_forms.py                                    # the exact denoiser
@@ -16,12 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+from config import DataArguments
+from data import load_split
 
 from vdm_diffusers import VDMPipeline
 from vdm_diffusers.decoders import encode_pixels, softmax_log_likelihood
@@ -32,6 +36,11 @@ from vdm_diffusers.prediction import convert
 
 NUM_LEVELS = 17
 Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+def digits(split: str) -> Tensor:
+    """The digits of one of train.py's splits: (N, 1, 8, 8) integers 0..16."""
+    return load_split(DataArguments(), split, 0).images.long()
 
 
 def exact_denoiser(data: Tensor) -> Denoiser:
@@ -124,15 +133,15 @@ def main() -> None:
     parser.add_argument("--num_repeats", type=int, default=16, help="trajectories of each image")
     parser.add_argument("--output", type=Path, help="JSON file of the table")
     args = parser.parse_args()
-    digits = torch.from_numpy(load_digits().images).round().long()[:, None]
     schedule: NoiseSchedule = LinearLogSNRSchedule(8.0, -5.0)
     if args.checkpoint:
         pipeline = VDMPipeline.from_pretrained(args.checkpoint)
         schedule, denoise = pipeline.scheduler.noise_schedule, network_denoiser(pipeline)
-        levels = digits[-args.num_images :]  # not trained on
+        levels = digits("test")[: args.num_images]
     else:
-        denoise = exact_denoiser(encode_pixels(digits, NUM_LEVELS, dtype=torch.float64))
-        levels = digits[torch.randperm(len(digits), generator=torch.Generator().manual_seed(0))[: args.num_images]]
+        data = digits("train")
+        denoise = exact_denoiser(encode_pixels(data, NUM_LEVELS, dtype=torch.float64))
+        levels = data[: args.num_images]
     rows = [measure(levels, denoise, schedule, t, args.num_repeats) for t in args.num_steps]
     print(table(rows))
     if args.output:

@@ -13,8 +13,7 @@ import matplotlib.pyplot as plt
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from elbo_forms import NUM_LEVELS, exact_denoiser, measure
-from sklearn.datasets import load_digits
+from elbo_forms import NUM_LEVELS, digits, exact_denoiser, measure
 
 from vdm_diffusers.decoders import encode_pixels
 from vdm_diffusers.gaussian import alpha_sigma
@@ -27,11 +26,11 @@ Axes = plt.Axes
 
 def draw_forms(axes: Axes) -> None:
     """Variance of one drawn term of either form, and of whole trajectories, by the number of steps."""
-    digits = torch.from_numpy(load_digits().images).round().long()[:, None]
-    denoise = exact_denoiser(encode_pixels(digits, NUM_LEVELS, dtype=torch.float64))
+    data = digits("train")
+    denoise = exact_denoiser(encode_pixels(data, NUM_LEVELS, dtype=torch.float64))
     schedule = LinearLogSNRSchedule(8.0, -5.0)
     steps = [4, 8, 16, 32, 64, 128]
-    rows = [measure(digits[:24], denoise, schedule, t, 8) for t in steps]
+    rows = [measure(data[:24], denoise, schedule, t, 8) for t in steps]
     for form, colour in (("consistency", "C1"), ("matching", "C0")):
         axes.plot(steps, [row[form]["variance_one_term"] for row in rows], f"{colour}o-", label=f"{form}, one term")
         axes.plot(
