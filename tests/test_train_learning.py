@@ -16,6 +16,7 @@ from time_learning import TimeLearning
 
 from vdm_diffusers import LearnedNoiseSchedule, VDMPipeline, evaluate_likelihood
 from vdm_diffusers.learned_variance import decoder_bound, variance_bound
+from vdm_diffusers.models.fourier import FourierFeaturesUNet
 
 TINY = {
     "hidden_channels": 8,
@@ -239,6 +240,17 @@ def test_a_dit_with_and_without_classes(conditional, run, tmp_path):
     levels = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     report = evaluate_likelihood(pipeline, levels, class_labels=labels, num_samples=4, progress_bar=False)
     assert math.isfinite(report.bits_per_dim)
+
+
+def test_a_stock_unet_that_wears_fourier_features(run, tmp_path):
+    unet = {"block_out_channels": (8,), "norm_num_groups": 4, "layers_per_block": 1}
+    unet |= {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    network = FourierFeaturesUNet(unet, sample_size=8, in_channels=1, fourier_exponents=(2, 3))
+    folder = run("fourier-run", model_config_name_or_path=write(tmp_path / "fourier", network))
+    pipeline = VDMPipeline.from_pretrained(folder)
+    assert type(pipeline.unet) is FourierFeaturesUNet
+    images = pipeline(num_inference_steps=3, generator=torch.Generator().manual_seed(1), output_type="pt").images
+    assert images.shape == (1, 1, 8, 8)
 
 
 def test_a_stock_unet_with_room_for_no_class(run, tmp_path, capsys):

@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMix
 
 from .evaluation import evaluate_likelihood
 from .latent_evaluation import evaluate_latent_likelihood
-from .models import HierarchicalVAE, LearnedNoiseSchedule, VariationalAutoencoder, VDMUNet2DModel
+from .models import FourierFeaturesUNet, HierarchicalVAE, LearnedNoiseSchedule, VariationalAutoencoder, VDMUNet2DModel
 from .pipelines import LatentVDMPipeline, VDMPipeline
 from .registration import register_with_diffusers
 from .schedulers import VDMScheduler
@@ -22,6 +22,7 @@ from .schedulers import VDMScheduler
 __version__ = "0.1.0"
 
 __all__ = [
+    "FourierFeaturesUNet",
     "HierarchicalVAE",
     "LatentVDMPipeline",
     "LearnedNoiseSchedule",
@@ -36,6 +37,7 @@ __all__ = [
 register_with_diffusers(
     sys.modules[__name__],
     [
+        "FourierFeaturesUNet",
         "HierarchicalVAE",
         "LatentVDMPipeline",
         "VDMPipeline",
