@@ -2,11 +2,19 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import config
 import pytest
+import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from data import ImageSet
+from diffusion import make_scheduler
+from latent_models import make_latent_model
+from networks import make_network
 
 # The arguments of Diffusers' examples/unconditional_image_generation/train_unconditional.py.
 TRAIN_UNCONDITIONAL = """
@@ -132,5 +140,45 @@ def test_the_token_is_never_written_down():
 
 
 @pytest.mark.parametrize("recipe", config.recipes(), ids=lambda path: Path(path).stem)
-def test_every_recipe_parses(recipe):
-    config.parse_arguments(["--config", recipe])
+def test_every_recipe_parses_and_describes_a_network_that_can_be_built(recipe):
+    arguments = config.parse_arguments(["--config", recipe])
+    assert Path(recipe).stem in arguments.run.output_dir
+    size = arguments.data.resolution or 8
+    channels = 1 if arguments.data.image_mode == "L" or arguments.data.dataset_name is None else 3
+    levels = 17 if arguments.data.dataset_name is None and arguments.data.train_data_dir is None else 256
+    pictures = torch.zeros(2, channels, size, size, dtype=torch.uint8)
+    images = ImageSet(pictures, None, levels, None, "none", "none")
+    with torch.device("meta"):
+        if arguments.model.model == "vdm":
+            make_network(arguments, images)
+        else:
+            make_latent_model(arguments, images, levels)
+    make_scheduler(arguments.diffusion)
+
+
+def test_the_recipes_are_those_that_the_docs_name():
+    names = {Path(recipe).name for recipe in config.recipes()}
+    page = (Path(config.__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    assert names == set(re.findall(r"`([\w-]+\.yaml)`", page.split("## Recipes")[1].split("## ")[0]))
+
+
+CONFIGS = sorted((Path(config.__file__).parent / "accelerate_configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_reads_its_configurations(path):
+    loaded = load_config_from_file(str(path))  # refuses keys that it does not know
+    launch = launch_command_parser().parse_args(["--config_file", str(path), "training/train.py", "--seed=1"])
+    merged, *_ = _validate_launch_command(launch)
+    for name in ("num_machines", "num_processes", "machine_rank", "mixed_precision"):
+        assert getattr(merged, name) == getattr(loaded, name), name
+    assert bool(merged.multi_gpu) == (loaded.num_processes > 1)
+    assert merged.training_script_args == ["--seed=1"]
+    assert loaded.mixed_precision == "no"  # which leaves it to --mixed_precision
+
+
+def test_accelerate_refuses_a_key_that_it_does_not_know(tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(CONFIGS[0].read_text() + "num_processes_typo: 1\n")
+    with pytest.raises(ValueError, match="num_processes_typo"):
+        load_config_from_file(str(path))

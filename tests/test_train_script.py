@@ -16,7 +16,7 @@ import torch
 import train
 import yaml
 from accelerate.state import AcceleratorState, GradientState
-from checkpoints import list_checkpoints, verify
+from checkpoints import list_checkpoints, required_bytes, verify
 from diffusers import UNet2DModel
 from hub_double import HubDouble
 from safetensors.torch import load_file
@@ -249,8 +249,10 @@ def test_damage_is_survived(unbroken, run, tmp_path, capsys, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(torch, "save", full_disk)
-        with pytest.raises(OSError, match="No space left"):
-            run(output_dir)
+        assert run(output_dir) == 1
+    said = capsys.readouterr().err
+    assert "No space left" in said
+    assert "The last good checkpoint, checkpoint-8, is untouched" in said
     assert [path.name for path in list_checkpoints(output_dir)] == ["checkpoint-4", "checkpoint-8"]
     assert not list(output_dir.glob(".incomplete*"))
 
@@ -280,6 +282,77 @@ def test_a_loss_that_is_not_finite_stops(run, tmp_path):
         run(tmp_path / "run", learning_rate=1e30, lr_warmup_steps=0, checkpointing_steps=1)
     for folder in list_checkpoints(tmp_path / "run"):  # nothing broken was kept
         assert all(value.isfinite().all() for value in weights(folder, "training_state/weights.safetensors").values())
+
+
+def test_a_few_steps_that_are_not_finite_can_be_left_out(unbroken, run, tmp_path, monkeypatch, capsys):
+    losses, bad = train.DiffusionTask.losses, set()
+
+    def sometimes_broken(self, model, levels, labels, rows):
+        computed = losses(self, model, levels, labels, rows)
+        return train.dataclasses.replace(computed, values=computed.values * (float("nan") if rows.step in bad else 1))
+
+    monkeypatch.setattr(train.DiffusionTask, "losses", sometimes_broken)
+    # allowing it changes nothing where all is well
+    assert run(tmp_path / "healthy", max_skipped_steps=2) == 0
+    assert_same_run(tmp_path / "healthy", unbroken)
+
+    bad |= {3, 5, 6}  # the steps that would end at 4, 6 and 7
+    options = {"max_skipped_steps": 2, "checkpointing_steps": 1}
+    assert run(tmp_path / "skipping", **options) == 0
+    assert capsys.readouterr().out.count("the gradient is not finite, skipped") == 3
+    assert metrics(tmp_path / "skipping", "skipped_steps")[12] == 3
+    assert set(range(1, 13)) - set(metrics(tmp_path / "skipping")) == {4, 6, 7}
+    state = "training_state/weights.safetensors"
+    for skipped in (4, 6, 7):
+        before, after = (weights(tmp_path / "skipping" / f"checkpoint-{n}", state) for n in (skipped - 1, skipped))
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+
+    bad.add(7)  # three in a row
+    with pytest.raises(FloatingPointError, match=r"3 optimiser steps in a row, up to step 8.*--learning_rate"):
+        run(tmp_path / "broken", **options)
+    assert list_checkpoints(tmp_path / "broken")[-1].name == "checkpoint-7"
+    with pytest.raises(FloatingPointError, match="3 optimiser steps in a row, up to step 8"):
+        run(tmp_path / "broken", **options, resume_from_checkpoint="latest")  # the count goes on where it was
+
+
+def test_too_small_a_disk_is_told_before_the_first_step(run, tmp_path, monkeypatch, capsys):
+    usage = type("usage", (), {"free": 10_000})
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage)
+    assert run(tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert "the checkpoints need about" in said
+    assert "--checkpoints_total_limit" in said
+
+
+@pytest.mark.parametrize(
+    ("saves", "limit", "present", "folders"),
+    [(10, 2, 0, 3), (10, 2, 2, 1), (10, 0, 4, 10), (1, 2, 0, 1), (2, 5, 9, 1)],
+)
+def test_disk_space_is_counted_in_folders(saves, limit, present, folders):
+    assert required_bytes(7, saves, limit, present) == 7 * folders
+
+
+def test_what_is_written_in_the_background_is_what_was_there(unbroken, run, tmp_path, monkeypatch, capsys):
+    output_dir, options = tmp_path / "run", {"async_checkpoints": True, "eval_steps": 6, "sample_steps": 6}
+    assert run(output_dir, **options) == 0
+    assert_same_run(output_dir, unbroken)
+    for folder in list_checkpoints(unbroken):
+        verify(output_dir / folder.name)
+        for part in ("unet/diffusion_pytorch_model.safetensors", "training_state/weights.safetensors"):
+            want = weights(folder, part)
+            assert all(
+                torch.equal(value, want[name]) for name, value in weights(output_dir / folder.name, part).items()
+            )
+        got, want = (torch.load(f / "training_state/optimizer.pt") for f in (output_dir / folder.name, folder))
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    assert run(tmp_path / "full", **options) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert not list_checkpoints(tmp_path / "full")
 
 
 def test_stock_networks_v_prediction_classes_and_colour(run, tmp_path):

@@ -14,9 +14,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".incomplete-"
@@ -26,6 +29,68 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 class CheckpointError(RuntimeError):
     """A checkpoint is damaged or missing."""
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; those before it are whole."""
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time: at once, or in a thread while training goes on.
+
+    A kill meets the thread as it would meet the process: the folder is whole or absent.
+    """
+
+    def __init__(self, *, in_background: bool) -> None:
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if in_background else None
+        self._pending: Future[None] | None = None
+
+    def submit(self, write: Callable[[], None]) -> None:
+        """Write as soon as the last one is written.
+
+        Raises:
+            SaveError: this one could not be written, or (in the background) the last one.
+        """
+        self.wait()
+        if self._pool is None:
+            write()
+        else:
+            self._pending = self._pool.submit(write)
+
+    def wait(self) -> None:
+        """Return when nothing is left to write; raises SaveError as `submit` does."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def check(self) -> None:
+        """Raise SaveError if the last one has failed by now, without waiting for it."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+
+@contextlib.contextmanager
+def explained_failure(output_dir: Path) -> Iterator[None]:
+    """Turn what a disk answers while a checkpoint is written into a SaveError that says what is left."""
+    try:
+        yield
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors wrap the system's errors in their own
+        kept = list_checkpoints(output_dir)
+        raise SaveError(
+            f"the checkpoint could not be written: {error}. {shutil.disk_usage(output_dir).free / 1e6:.0f} MB are free in {output_dir}. "
+            f"The last good checkpoint, {kept[-1].name if kept else 'none yet'}, is untouched: make room, or lower "
+            "--checkpoints_total_limit, and go on with --resume_from_checkpoint latest."
+        ) from error
+
+
+def required_bytes(bytes_of_one: int, num_saves: int, limit: int, num_present: int) -> int:
+    """Free bytes that a run's checkpoints will take: those kept and the one being written, less those that are there already."""
+    kept = num_saves if limit == 0 else min(num_saves, limit + 1)
+    return bytes_of_one * max(1, kept - (num_present if limit else 0))
 
 
 @contextlib.contextmanager
@@ -133,8 +198,13 @@ def prune(output_dir: Path, limit: int) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is whole or absent."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is whole, or as it was before."""
     temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 

@@ -240,6 +240,11 @@ class OptimizationArguments:
     adam_weight_decay: float = argument(1e-6, "AdamW's weight decay.")
     adam_epsilon: float = argument(1e-8, "AdamW's epsilon.")
     max_grad_norm: float = argument(1.0, "Clip the gradient to this norm; 0: no clipping.")
+    max_skipped_steps: int = argument(
+        0,
+        "Leave out up to so many optimiser steps in a row whose gradient is not finite; 0: the first one stops the run. With it the "
+        "device is waited for at every step.",
+    )
     use_ema: bool = argument(True, "Evaluate, sample and publish an exponential moving average of the weights.")
     ema_inv_gamma: float = argument(1.0, "Warm-up of the average: decay = 1 - (1 + step / inv_gamma)^-power.")
     ema_power: float = argument(0.75, "See --ema_inv_gamma.")
@@ -264,6 +269,9 @@ class RunArguments:
     )
     checkpointing_steps: int = argument(500, "Optimiser steps between checkpoints.")
     checkpoints_total_limit: int = argument(2, "Checkpoints kept; 0: all.")
+    async_checkpoints: bool = argument(
+        False, "Copy the state to the host's memory and write it while training goes on, instead of stopping to write."
+    )
     resume_from_checkpoint: str | None = argument(
         None, "'latest' (start from the beginning if there is none), or the path of a checkpoint."
     )
@@ -456,6 +464,7 @@ def check_arguments(arguments: Arguments) -> None:
         "checkpoints_total_limit",
         "dataloader_num_workers",
         "adam_weight_decay",
+        "max_skipped_steps",
     ):
         if not values[name] >= 0:
             raise ValueError(f"--{name} must not be negative, got {values[name]}.")

@@ -251,7 +251,13 @@ def _decode(dataset: Any, column: str, args: DataArguments, crop_seed: int | Non
 
     def fill(start: int) -> None:
         stop = min(start + 256, len(dataset))
-        for index, image in enumerate(dataset[start:stop][column], start):
+        try:
+            images_here = dataset[start:stop][column]
+        except (OSError, SyntaxError) as error:  # what PIL raises for files that are cut off or no images
+            raise DataError(
+                f"one of the images {start} to {stop - 1} of the split cannot be decoded: {error}"
+            ) from error
+        for index, image in enumerate(images_here, start):
             levels, its_levels = _levels(image, index, args, crop_seed)
             if levels.shape != first.shape:
                 raise DataError(

@@ -75,6 +75,12 @@ class TimeLearning:
             self.sampler.update(accelerator.reduce(self._sums, "sum"))
             self._sums = None
 
+    def skip(self) -> None:
+        """Forget what was collected: the optimiser step is left out."""
+        if self.schedule is not None:
+            self._optimizer.zero_grad()
+        self._sums = None
+
     def save(self, folder: Path) -> None:
         """Write what a resumed run needs."""
         if self.schedule is not None:

@@ -14,7 +14,9 @@ Exit codes: 0 done; 2 bad arguments or data; 143 stopped by SIGTERM with its sta
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -22,6 +24,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,16 +33,21 @@ import numpy as np
 import PIL.Image
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from checkpoints import (
     CheckpointError,
+    CheckpointWriter,
+    SaveError,
     atomic_folder,
     clean_up,
     discard,
+    explained_failure,
     find_checkpoint,
     list_checkpoints,
     prune,
+    required_bytes,
     write_json,
+    write_text,
 )
 from config import ARGUMENTS_FILE, Arguments, RunArguments, parse_arguments
 from data import DataError, ImageSet, evaluation_split, is_digits, load_splits
@@ -71,6 +79,8 @@ from vdm_diffusers.hub import (
 )
 from vdm_diffusers.models.labels import num_classes
 
+EXIT_FAILED = 1
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXIT_BAD_INPUT = 2
 EXIT_TERMINATED = 143  # 128 + SIGTERM: what shells and launchers report for a process that ended on this signal
 STATE_FOLDER = "training_state"
@@ -105,6 +115,11 @@ def check_launch(accelerator: Accelerator) -> None:
         raise SetupError(
             f"the launcher's WORLD_SIZE is {wanted}, but {accelerator.num_processes} process(es) found each other. On CPUs start "
             f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {wanted} training/train.py`."
+        )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise SetupError(
+            f"{accelerator.distributed_type.value} divides weights or optimiser states among the processes, and this script's checkpoints "
+            "and average need them whole: use a configuration without it, e.g. training/accelerate_configs/ddp.yaml."
         )
     # `accelerate launch --cpu --num_processes N` starts a single process; all it leaves are these two variables
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -252,9 +267,11 @@ class Meter:
         self.sums[3] += 1
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all ranks and micro-batches since the last reading; waits for the device."""
+        """The means over all ranks and micro-batches since the last reading, none if all were skipped; waits for the device."""
         values = accelerator.reduce(self.sums, "sum").tolist()
         self.sums.zero_()
+        if not values[1]:
+            return {}
         means = {"loss": values[0] / max(values[1], 1), "gradient_norm": values[2] / max(values[3], 1)}
         width = (self.highest - self.lowest) / NUM_BINS
         for index in range(NUM_BINS):
@@ -284,6 +301,15 @@ class StopSignal:
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
 
+def on_cpu(state: Any) -> Any:
+    """A copy of nested dictionaries and lists, with the tensors in the host's memory."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: on_cpu(value) for key, value in state.items()}
+    return [on_cpu(value) for value in state] if isinstance(state, list) else state
+
+
 class Log:
     """metrics.jsonl and the tracker; on the main process only."""
 
@@ -300,7 +326,7 @@ class Log:
         if accelerator.is_main_process:  # entries after the checkpoint will be written again
             lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
             kept = [line for line in lines if _whole_entry(line) and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            write_text(self.path, "".join(line + "\n" for line in kept))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One entry: numbers to the tracker, everything to metrics.jsonl."""
@@ -376,6 +402,7 @@ class Training:
             options = {"inv_gamma": optimization.ema_inv_gamma, "power": optimization.ema_power}
             self.ema = EMA(self.network, **options, max_decay=optimization.ema_max_decay)
         self.step = self.images_seen = self.logged_step = 0
+        self.skipped = self.skipped_in_a_row = 0  # optimiser steps whose gradient was not finite
         self.training_seconds = 0.0  # since the last entry of the log
         self.started = time.perf_counter()  # moved back by what earlier parts of the run took
         if resume_from is not None:
@@ -398,6 +425,10 @@ class Training:
         self.rows = optimization.train_batch_size
         self.global_batch = self.rows * accelerator.num_processes * optimization.gradient_accumulation_steps
         self.num_steps = num_train_steps(args, len(self.train_images), self.global_batch)
+        self.writer = CheckpointWriter(in_background=args.run.async_checkpoints)
+        self.copied: ModelMixin | None = None  # on the CPU, of the averaged network, for the background writer
+        if accelerator.is_main_process:
+            self.check_disk()
         # The schedule is used as a function of the optimiser step: nothing to save, nothing that could count otherwise.
         self.learning_rate_factor = get_scheduler(
             optimization.lr_scheduler,
@@ -455,16 +486,18 @@ class Training:
         """Whether a model with a learned encoder is trained: it is saved as a model, and is no pipeline."""
         return self.args.model.model != "vdm"
 
-    def pipeline(self) -> VDMPipeline:
-        """A pipeline of the averaged network, in eval mode."""
-        encoding = self.args.diffusion.pixel_encoding
-        return VDMPipeline(self.averaged, self.time.scheduler(), num_levels=self.num_levels, pixel_encoding=encoding)
+    def pipeline(self, network: ModelMixin | None = None) -> VDMPipeline:
+        """A pipeline of the averaged network, or of its copy."""
+        encoding, network = self.args.diffusion.pixel_encoding, self.averaged if network is None else network
+        return VDMPipeline(network, self.time.scheduler(), num_levels=self.num_levels, pixel_encoding=encoding)
 
     # --- one step
 
     def optimizer_step(self) -> None:
         """One optimiser step: all micro-batches of this process, then clipping, optimiser, EMA."""
         optimization, accelerator = self.args.optimization, self.accelerator
+        collected: list[Losses] = []
+        healthy = True
         for group in self.optimizer.param_groups:
             group["lr"] = optimization.learning_rate * self.learning_rate_factor(self.step)
         for micro_batch in range(optimization.gradient_accumulation_steps):
@@ -478,17 +511,43 @@ class Training:
                 losses = self.task.losses(self.model, levels, labels, rows)
                 accelerator.backward(losses.weighted.mean())
                 self.time.collect(accelerator, losses)
-                self.meter.add_losses(losses)
+                collected.append(losses)
                 if accelerator.sync_gradients:
                     limit = optimization.max_grad_norm or math.inf
-                    self.meter.add_gradient_norm(accelerator.clip_grad_norm_(self.model.parameters(), limit))
-                self.optimizer.step()
+                    norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
+                    # float16's loss scaling leaves out overflowing steps by itself
+                    if optimization.max_skipped_steps and accelerator.scaler is None:
+                        healthy = bool(norm.isfinite())
+                if healthy:
+                    self.optimizer.step()
                 self.optimizer.zero_grad()
-        self.time.step(accelerator, self.learning_rate_factor(self.step))
         self.step += 1
         self.images_seen += self.global_batch
+        if not healthy:
+            self.skip_step()
+            return
+        self.skipped_in_a_row = 0
+        for losses in collected:
+            self.meter.add_losses(losses)
+        self.meter.add_gradient_norm(norm)
+        self.time.step(accelerator, self.learning_rate_factor(self.step - 1))
         if self.ema is not None:
             self.ema.update(self.step)
+
+    def skip_step(self) -> None:
+        """Go on as if the step's images had not been there, or raise FloatingPointError after too many in a row.
+
+        The gradient is the sum over all processes, so all of them come here or none.
+        """
+        self.time.skip()
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row > self.args.optimization.max_skipped_steps:
+            raise FloatingPointError(
+                f"the gradient was not finite in {self.skipped_in_a_row} optimiser steps in a row, up to step {self.step}. {self.advice()}"
+            )
+        if self.accelerator.is_local_main_process:
+            tqdm.write(f"step {self.step}: the gradient is not finite, skipped ({self.skipped_in_a_row} in a row)")
 
     def train(self) -> None:
         """Train to the last step, then evaluate, sample and save the pipeline."""
@@ -514,7 +573,9 @@ class Training:
                 saving = last or stopping or self.step % run.checkpointing_steps == 0
                 if saving or self.step % run.logging_steps == 0:
                     values = self.record()
-                    bar.set_postfix(loss=f"{values['loss']:.4f}", lr=f"{values['learning_rate']:.1e}", refresh=False)
+                    loss = values.get("loss", math.nan)
+                    bar.set_postfix(loss=f"{loss:.4f}", lr=f"{values['learning_rate']:.1e}", refresh=False)
+                    self.writer.check()
                 # before saving: what a kill takes from here, the resumed run does again
                 if run.eval_steps and not (last or stopping) and self.step % run.eval_steps == 0:
                     self.evaluate()
@@ -523,6 +584,7 @@ class Training:
                 if saving:
                     self.save_checkpoint()
                 if stopping:
+                    self.writer.wait()
                     accelerator.print(
                         f"SIGTERM: state saved at step {self.step}; go on with --resume_from_checkpoint latest"
                     )
@@ -532,6 +594,7 @@ class Training:
             self.evaluate()
         if run.sample_steps != 0:
             self.draw_samples()
+        self.writer.wait()
         self.save_pipeline()
         self.publish()
         accelerator.end_training()
@@ -541,7 +604,10 @@ class Training:
         began = time.perf_counter()
         values = self.meter.read(self.accelerator)
         self.training_seconds += time.perf_counter() - began  # the device's backlog is training too
-        self.check_finite(values, self.logged_step)
+        if values:
+            self.check_finite(values, self.logged_step)
+        if self.args.optimization.max_skipped_steps:
+            values["skipped_steps"] = self.skipped
         values |= {
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "images_per_second": (self.step - self.logged_step) * self.global_batch / self.training_seconds,
@@ -565,13 +631,34 @@ class Training:
         scaled = self.accelerator.scaler is not None  # float16's loss scaling skips overflowing steps by itself
         if math.isfinite(values["loss"]) and (scaled or math.isfinite(values["gradient_norm"])):
             return
-        kept = list_checkpoints(self.output_dir)
         raise FloatingPointError(
             f"the loss ({values['loss']}) or the gradient norm ({values['gradient_norm']}) was not finite in steps {since + 1} to "
-            f"{self.step}. Look at the last entries of {self.output_dir / METRICS_FILE} (did the gradient norm grow?); lower "
+            f"{self.step}. {self.advice()} A few such steps may be left out: --max_skipped_steps."
+        )
+
+    def advice(self) -> str:
+        """What to look at when numbers are not finite."""
+        kept = list_checkpoints(self.output_dir)
+        return (
+            f"Look at the last entries of {self.output_dir / METRICS_FILE} (did the gradient norm grow?); lower "
             "--learning_rate or --max_grad_norm, lengthen --lr_warmup_steps, or train with --mixed_precision no or bf16. "
             f"The last checkpoint, {kept[-1].name if kept else 'none yet'}, is from before."
         )
+
+    def check_disk(self) -> None:
+        """Raise SetupError if the checkpoints cannot fit on the disk: now, and not in the night."""
+        run = self.args.run
+        weights = sum(p.numel() * p.element_size() for p in self.network.parameters())
+        copies = 3 + (self.ema is not None)  # weights, AdamW's two moments, the average
+        saves = math.ceil((self.num_steps - self.step) / run.checkpointing_steps)
+        present = len(list_checkpoints(self.output_dir))
+        needed = required_bytes(copies * weights, saves, run.checkpoints_total_limit, present)
+        free = shutil.disk_usage(self.output_dir).free
+        if needed > free:
+            raise SetupError(
+                f"the checkpoints need about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in --output_dir {self.output_dir}. "
+                "Give one on another disk, keep fewer (--checkpoints_total_limit), or save less often (--checkpointing_steps)."
+            )
 
     def announce(self) -> None:
         """Say what will be done."""
@@ -656,30 +743,61 @@ class Training:
     def save_checkpoint(self) -> None:
         """Everything that the run needs to go on, and a pipeline of the averaged weights, in one folder."""
         if self.accelerator.is_main_process:
-            with atomic_folder(self.output_dir / f"checkpoint-{self.step}") as folder:
-                self._write_pipeline(folder)
-                state = folder / STATE_FOLDER
-                state.mkdir()
-                save_file(
-                    {name: value.contiguous() for name, value in self.network.state_dict().items()},
-                    state / "weights.safetensors",
-                )
-                torch.save(self.optimizer.state_dict(), state / "optimizer.pt")
-                self.time.save(state)
-                if self.accelerator.scaler is not None:
-                    torch.save(self.accelerator.scaler.state_dict(), state / "scaler.pt")
-                write_json(
-                    state / "state.json",
-                    {"format": 1, "step": self.step, "images_seen": self.images_seen, "seconds": self.seconds()},
-                )
-            prune(self.output_dir, self.args.run.checkpoints_total_limit)
+            self.writer.wait()  # the copies that it writes are about to be overwritten
+            self.writer.submit(self._checkpoint_writer(copied=self.args.run.async_checkpoints))
         self.accelerator.wait_for_everyone()
+
+    def _checkpoint_writer(self, copied: bool) -> Callable[[], None]:
+        """A function that writes the state as it is now; with `copied` from copies, so that training may go on meanwhile."""
+        target, limit = self.output_dir / f"checkpoint-{self.step}", self.args.run.checkpoints_total_limit
+        weights = {name: value.contiguous() for name, value in self.network.state_dict().items()}
+        optimizer, time_learning, model = self.optimizer.state_dict(), self.time, self.averaged
+        scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
+        if copied:
+            weights, optimizer = on_cpu(weights), on_cpu(optimizer)
+            time_learning, model = copy.deepcopy(self.time), self._copy_of_averaged()
+        saved = model if self.is_latent else self.pipeline(model)
+        description = self.description()
+        position = {
+            "format": 1,
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "seconds": self.seconds(),
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+        def write() -> None:
+            with explained_failure(self.output_dir):
+                with atomic_folder(target) as folder:
+                    saved.save_pretrained(folder)
+                    write_json(folder / ARGUMENTS_FILE, description)
+                    state = folder / STATE_FOLDER
+                    state.mkdir()
+                    save_file(weights, state / "weights.safetensors")
+                    torch.save(optimizer, state / "optimizer.pt")
+                    time_learning.save(state)
+                    if scaler is not None:
+                        torch.save(scaler, state / "scaler.pt")
+                    write_json(state / "state.json", position)
+                prune(self.output_dir, limit)
+
+        return write
+
+    def _copy_of_averaged(self) -> ModelMixin:
+        """The averaged network as it is now, on the CPU; the same object at every call."""
+        if self.copied is None:
+            with torch.random.fork_rng(devices=[]):
+                self.copied = type(self.averaged).from_config(self.averaged.config).eval()
+        self.copied.load_state_dict(self.averaged.state_dict())
+        return self.copied
 
     def save_pipeline(self) -> None:
         """The finished pipeline in --output_dir itself; model_index.json comes last, so that it never names a half."""
         if self.accelerator.is_main_process:
-            with atomic_folder(self.output_dir / "pipeline") as folder:
-                self._write_pipeline(folder)
+            with explained_failure(self.output_dir), atomic_folder(self.output_dir / "pipeline") as folder:
+                (self.averaged if self.is_latent else self.pipeline()).save_pretrained(folder)
+                write_json(folder / ARGUMENTS_FILE, self.description())
             written = self.output_dir / "pipeline"
             index = "config.json" if self.is_latent else "model_index.json"
             names = [path.name for path in written.iterdir() if path.name not in (index, "manifest.json")]
@@ -763,15 +881,12 @@ class Training:
             num_inference_steps=args.diffusion.ddpm_num_inference_steps,
         )
 
-    def _write_pipeline(self, folder: Path) -> None:
-        (self.averaged if self.is_latent else self.pipeline()).save_pretrained(folder)
-        write_json(folder / ARGUMENTS_FILE, self.description())
-
     def _load_weights(self, checkpoint: Path) -> None:
         state = checkpoint / STATE_FOLDER
         position = json.loads((state / "state.json").read_text(encoding="utf-8"))
         self.step, self.images_seen = position["step"], position["images_seen"]
         self.started -= position["seconds"]
+        self.skipped, self.skipped_in_a_row = position.get("skipped", 0), position.get("skipped_in_a_row", 0)
         try:
             self.network.load_state_dict(load_file(state / "weights.safetensors"))
             self.time.load(state)
@@ -827,6 +942,17 @@ def main(argv: list[str] | None = None) -> int:
         if PartialState().is_local_main_process:
             print(f"train.py: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    except SaveError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        print(
+            f"train.py: error: the disk has no room: {error}. Make some, and go on with --resume_from_checkpoint latest.",
+            file=sys.stderr,
+        )
+        return EXIT_FAILED
     return 0
 
 
