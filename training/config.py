@@ -177,6 +177,9 @@ class DiffusionArguments:
     ddpm_num_inference_steps: int = argument(
         1000, "Steps of the sampler for sample grids.", alias="num_inference_steps"
     )
+    stochasticity: float = argument(
+        1.0, "The sampler's noise, kept in the scheduler's config: 1 ancestral, 0 deterministic, above 1 noisier."
+    )
     prediction_type: PredictionType = argument("epsilon", "What the network predicts.")
     loss: Objective = argument(
         "elbo",

@@ -42,6 +42,7 @@ def make_scheduler(args: DiffusionArguments) -> VDMScheduler:
         log_snr_min=args.log_snr_min,
         variance_type=args.variance_type,
         log_snr_table=args.log_snr_table,
+        stochasticity=args.stochasticity,
     )
 
 

@@ -166,6 +166,11 @@ def evaluate_likelihood(
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
     is_chain = method in ("discrete", "importance_weighted")
+    if is_chain and chain.config.get("stochasticity", 1.0) != 1.0:
+        raise ValueError(
+            f"`scheduler` has stochasticity={chain.config.stochasticity}, and method={method!r} is the bound of ancestral sampling's "
+            "chain. Set stochasticity=1.0 in its config."
+        )
     chain_only: dict[str, Any] = {"num_steps": num_steps, "grid": grid}
     for name, value in chain_only.items():
         if value is not None and not is_chain:
@@ -415,14 +420,11 @@ def _adopt(scheduler: Any) -> Any:
             )
         scheduler = VDMScheduler.from_config(config)
         config = scheduler.config
-    stochasticity = config.get("stochasticity", 1.0)
-    if stochasticity != 1.0:
-        why = (
-            "deterministic sampling has no finite ELBO"
-            if stochasticity == 0
-            else "the bound is that of the chain with 1.0"
+    if config.get("stochasticity", 1.0) == 0:
+        raise ValueError(
+            "`scheduler` has stochasticity=0: deterministic sampling has no finite ELBO. Set stochasticity=1.0 in its config: the "
+            "bound is that of ancestral sampling."
         )
-        raise ValueError(f"`scheduler` has stochasticity={stochasticity}: {why}. Set stochasticity=1.0 in its config.")
     return scheduler
 
 

@@ -101,8 +101,9 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             It places the steps; the timesteps' meaning stays.
         log_snr_shift: moves the interior of a cosine schedule along the log-SNR axis (Hoogeboom et al. 2023: 2 ln(64/d));
             the end points stay.
-        stochasticity: 1 is ancestral sampling, 0 deterministic (DDIM); in between DDIM's eta. Not an argument of `step`
-            called eta, because Diffusers' pipelines pass eta=0.0 unasked to every scheduler that has it.
+        stochasticity: 1 is ancestral sampling, 0 deterministic (DDIM); in between DDIM's eta. Above 1 each step forgets more
+            of the noise and draws more anew, with the same marginals, which corrects a network's errors on the way; it takes
+            many steps. Not an argument of `step` called eta, because Diffusers' pipelines pass eta=0.0 unasked to every scheduler that has it.
         multistep_order: 2 is the second-order multistep update (2M of DPM-Solver++) on the exact log-SNR grid, best with
             stochasticity=0. Not called solver_order, whose values DPM-Solver configurations carry.
         optimal_variance: {"log_snr": [...], "mse": [...]}: E|x - x_hat|^2 / D against log SNR, for variance_type="optimal":
@@ -199,9 +200,10 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             not 1 <= config.num_train_timesteps <= 10**6
         ):  # tables of that many are made: a config must not fill the memory
             raise ValueError(f"`num_train_timesteps` must lie in 1..1000000, got {config.num_train_timesteps}.")
-        if not 0 <= config.stochasticity <= 1:
+        if not 0 <= config.stochasticity < math.inf:
             raise ValueError(
-                f"`stochasticity` must lie between 0 (deterministic) and 1 (ancestral), got {config.stochasticity}."
+                "`stochasticity` must be a finite number that is not negative (0 deterministic, 1 ancestral, above 1 noisier), "
+                f"got {config.stochasticity}."
             )
         if config.multistep_order not in (1, 2):
             raise ValueError(f"`multistep_order` must be 1 or 2, got {config.multistep_order}.")
@@ -525,7 +527,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             mean_z, mean_y = step.z + step.x * x_z, step.x * x_output
         variance = self._fixed_variance(config.variance_type, log_snr_t, step)
         # the last step to clean data adds no noise, whatever the type
-        noise = torch.where(log_snr_s == math.inf, 0.0, config.stochasticity * variance.sqrt())
+        noise = torch.where(log_snr_s == math.inf, 0.0, step.stochasticity * variance.sqrt())
         low, high = step.posterior_variance.log(), step.forward_variance.log()
         return torch.stack([x_z, x_output, mean_z, mean_y, noise, torch.zeros_like(noise), low, high], dim=-1)
 

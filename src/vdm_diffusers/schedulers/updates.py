@@ -6,6 +6,8 @@ Variance-preserving path, any two times. With c = 1 - SNR_t / SNR_s, q = sqrt(SN
 
 eta = 1 is the posterior q(z_s | z_t, x_hat) of Ho et al. 2020 and Kingma et al. 2021 (r = q), eta = 0 the deterministic
 step of DDIM, and all of them have the same marginals (Song et al. 2021, "Denoising Diffusion Implicit Models", equation 12).
+So do those above 1, which take out more of the noise in z_t and put in more of their own, as a Langevin corrector does: errors
+of earlier steps are forgotten sooner. At eta = 1/sqrt(c) nothing of z_t's noise is left, and that is where eta stops.
 No difference of near-equal numbers is formed: 1 - q r = c (1 + eta^2 (1 - c)) / (1 + q r).
 """
 
@@ -26,6 +28,7 @@ class ReverseCoefficients(NamedTuple):
     x: Tensor
     posterior_variance: Tensor  # of q(z_s | z_t, x), the smallest that a reverse step may have
     forward_variance: Tensor  # of q(z_t | z_s), DDPM's beta_t, the largest
+    stochasticity: Tensor  # eta of this step
 
 
 def reverse_coefficients(log_snr_t: Tensor, log_snr_s: Tensor, stochasticity: float = 1.0) -> ReverseCoefficients:
@@ -36,13 +39,14 @@ def reverse_coefficients(log_snr_t: Tensor, log_snr_s: Tensor, stochasticity: fl
     (alpha_s, sigma_s), (_, sigma_t) = alpha_sigma(log_snr_s), alpha_sigma(log_snr_t)
     difference = log_snr_t - log_snr_s
     c, one_minus_c, q = -torch.expm1(difference), torch.exp(difference), torch.exp(difference / 2)
-    eta2 = stochasticity**2
-    r = torch.sqrt((1 - eta2) + eta2 * one_minus_c)
+    eta2 = torch.minimum(torch.full_like(c, stochasticity**2), 1 / c)
+    r = torch.sqrt(((1 - eta2) + eta2 * one_minus_c).clamp(min=0))
     return ReverseCoefficients(
         z=sigma_s / sigma_t * r,
         x=alpha_s * c * (1 + eta2 * one_minus_c) / (1 + q * r),
         posterior_variance=sigma_s**2 * c,
         forward_variance=sigma_t**2 * c,
+        stochasticity=eta2.sqrt(),
     )
 
 
