@@ -1,0 +1,59 @@
+"""The published digits model: loads in three lines, beats its baselines, and what it draws are digits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from config import DataArguments
+from data import ImageSet, load_split
+from sklearn.svm import SVC
+
+from vdm_diffusers import VDMPipeline, evaluate_likelihood
+
+CARD = Path(__file__).parent.parent / "model_cards" / "digits-elbo"
+
+
+@pytest.fixture(scope="module")
+def pipe() -> VDMPipeline:
+    pipe = VDMPipeline.from_pretrained(CARD)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def digits() -> dict[str, ImageSet]:
+    return {split: load_split(DataArguments(), split, seed=0) for split in ("train", "test")}
+
+
+def histogram_bits_per_dim(train: torch.Tensor, test: torch.Tensor, num_levels: int = 17) -> float:
+    """Independent pixels, each with its own histogram of the training images (one count added to each level)."""
+    counts = torch.nn.functional.one_hot(train.long(), num_levels).sum(0).double() + 1
+    log_probability = (counts / counts.sum(-1, keepdim=True)).log2()
+    levels = test.long().unsqueeze(-1)
+    return -float(log_probability.expand(len(test), *log_probability.shape).gather(-1, levels).mean())
+
+
+def test_it_is_far_below_the_histogram_baseline(pipe, digits):
+    baseline = histogram_bits_per_dim(digits["train"].images, digits["test"].images)
+    report = evaluate_likelihood(pipe, digits["test"].images, num_samples=4, generator=torch.Generator().manual_seed(0))
+    assert report.is_bound
+    assert 1.0 < report.bits_per_dim < 1.75 < baseline - 0.5
+
+
+@pytest.mark.slow
+def test_samples_are_digits(pipe, digits):
+    """A classifier of real digits is nearly as sure of the samples as of held-out digits; all classes; nothing copied."""
+    images, labels = digits["train"].images, digits["train"].labels
+    classifier = SVC(probability=True, random_state=0).fit(images.flatten(1).numpy() / 16, labels.numpy())
+    held_out = classifier.predict_proba(digits["test"].images.flatten(1).numpy() / 16).max(1).mean()
+
+    generator = torch.Generator().manual_seed(0)
+    drawn = pipe(batch_size=500, num_inference_steps=250, generator=generator, output_type="np").images
+    levels = np.rint(drawn * 16).astype(int).reshape(500, -1)
+    assert levels.min() == 0 and levels.max() == 16
+    probabilities = classifier.predict_proba(levels / 16)
+    assert probabilities.max(1).mean() > held_out - 0.1
+    assert set(probabilities.argmax(1)) == set(range(10))
+    real = {tuple(image) for image in images.flatten(1).tolist()}
+    assert not any(tuple(sample) in real for sample in levels.tolist())
