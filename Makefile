@@ -4,7 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-lowest style quality publish
+.PHONY: help demo test test-slow test-lowest style quality docs publish
 
 # Where `make demo` writes. A folder of an earlier run is left alone: the new run gets one with the time in its name.
 OUT ?= outputs/digits
@@ -42,6 +42,9 @@ quality: ## lint, formatting and types, changing nothing
 	"$$python" -m ruff check .; \
 	"$$python" -m ruff format --check .; \
 	"$$python" -m mypy
+
+docs: ## the pages and the API reference, into build/docs; every warning is an error
+	@python="$$(scripts/environment.sh docs)"; "$$python" -m mkdocs build --strict
 
 publish: ## push the models of model_cards/ to the Hub: make publish NAMESPACE=me (ARGS="--private --tag v1.0")
 	@test -n "$(NAMESPACE)" || { echo "say where: make publish NAMESPACE=your-name" >&2; exit 2; }; \

@@ -75,6 +75,11 @@ def nursery():
     process.wait(timeout=60)
 
 
+def losses(output_dir: Path) -> dict[int, float]:
+    entries = map(json.loads, (output_dir / "metrics.jsonl").read_text().splitlines())
+    return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
+
+
 def same(got: Path, want: Path) -> bool:
     got, want = load_file(got), load_file(want)
     return got.keys() == want.keys() and all(torch.equal(got[name], value) for name, value in want.items())
@@ -103,23 +108,33 @@ def test_whatever_happens_the_weights_are_those_of_the_unbroken_run(nursery, in_
     )  # operations from one checkpoint to the next, or so
     largest = max(path.stat().st_size for path in list_checkpoints(unbroken)[-1].rglob("*"))
 
-    output_dir, generator = tmp_path / "broken", random.Random(0)
-    faults = [
-        {"kind": "count", "at": generator.randint(1, 4 * a_save), "signal": signal.SIGKILL} for _ in range(KILLS)
-    ]
-    for fault in faults:
-        fault["kind"] = "operation"
-    faults += [{"kind": "moment", "seconds": generator.uniform(0.1, 2), "signal": signal.SIGKILL} for _ in range(5)]
-    faults += [
-        {"kind": "operation", "at": generator.randint(1, 4 * a_save), "signal": signal.SIGTERM} for _ in range(3)
-    ]
+    def assert_is_the_unbroken_run(output_dir):
+        for part in (Path("unet") / "diffusion_pytorch_model.safetensors", state):
+            assert same(output_dir / part, unbroken / part)
+        assert losses(output_dir) == losses(unbroken)
+        assert not list(output_dir.glob(".incomplete-*"))
+        assert not list(output_dir.glob(".discarded-*"))
+
+    state = Path(f"checkpoint-{STEPS}") / "training_state" / "weights.safetensors"
+    generator = random.Random(0)
+
+    def operation(which):
+        return {"kind": "operation", "at": generator.randint(1, 4 * a_save), "signal": which}
+
+    faults = [operation(signal.SIGKILL) for _ in range(KILLS)] + [operation(signal.SIGTERM) for _ in range(3)]
+    faults += [{"kind": "moment", "seconds": generator.uniform(0.1, 1.5), "signal": signal.SIGKILL} for _ in range(6)]
     faults += [{"kind": "disk", "bytes": generator.randrange(largest)} for _ in range(4)]
     generator.shuffle(faults)
-    outcomes = []
+    outcomes, runs = [], 1
     for fault in faults:
+        output_dir = tmp_path / f"run-{runs}"
         before = max(map(step_of, list_checkpoints(output_dir)), default=0) if output_dir.exists() else 0
         code = run(output_dir, fault)
-        outcomes.append((fault["kind"], code))
+        outcomes.append(code)
+        if code == 0 and fault["kind"] != "disk":  # the last steps were done before it struck: on with a new run
+            assert_is_the_unbroken_run(output_dir)
+            runs += 1
+            continue
         kept = list_checkpoints(output_dir) if output_dir.exists() else []
         for folder in kept:
             verify(folder)  # what has the name is whole
@@ -133,21 +148,8 @@ def test_whatever_happens_the_weights_are_those_of_the_unbroken_run(nursery, in_
             assert code == -signal.SIGKILL, said()
         else:
             assert code in (train.EXIT_TERMINATED, -signal.SIGTERM), said()  # the latter before the run has begun
+    assert outcomes.count(-signal.SIGKILL) >= KILLS
+    output_dir = tmp_path / f"run-{runs}"
     assert run(output_dir, {"kind": "none"}) == 0, said()
-    print(f"{len(outcomes)} faults, resumed to step {STEPS}: {outcomes}")
-
-    weights = "unet/diffusion_pytorch_model.safetensors"
-    assert same(output_dir / weights, unbroken / weights)
-    state = Path(f"checkpoint-{STEPS}") / "training_state" / "weights.safetensors"
-    assert same(output_dir / state, unbroken / state)
-    losses = [
-        {
-            entry["step"]: entry["loss"]
-            for entry in map(json.loads, (d / "metrics.jsonl").read_text().splitlines())
-            if "loss" in entry
-        }
-        for d in (output_dir, unbroken)
-    ]
-    assert losses[0] == losses[1]
-    assert not list(output_dir.glob(".incomplete-*"))
-    assert not list(output_dir.glob(".discarded-*"))
+    assert_is_the_unbroken_run(output_dir)
+    print(f"{len(outcomes)} faults in {runs} run(s) of {STEPS} steps, exit codes {outcomes}")
