@@ -419,6 +419,7 @@ class Training:
             fused=device.type in ("cpu", "cuda"),
         )
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
+        self.parameters = list(self.model.parameters())  # walking the modules at each step would cost a millisecond
         if resume_from is not None:
             self._load_optimizer(resume_from)
 
@@ -514,7 +515,8 @@ class Training:
                 collected.append(losses)
                 if accelerator.sync_gradients:
                     limit = optimization.max_grad_norm or math.inf
-                    norm = accelerator.clip_grad_norm_(self.model.parameters(), limit)
+                    accelerator.unscale_gradients()
+                    norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
                     # float16's loss scaling leaves out overflowing steps by itself
                     if optimization.max_skipped_steps and accelerator.scaler is None:
                         healthy = bool(norm.isfinite())
