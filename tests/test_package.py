@@ -38,7 +38,18 @@ CORE = [
     "likelihood",
     "latent_evaluation",
 ]
-ROOMS = [*CORE, "probability_flow", "models", "schedulers", "safety", "hub", "pipelines", "evaluation", "registration", "__init__"]
+ROOMS = [
+    *CORE,
+    "probability_flow",
+    "models",
+    "schedulers",
+    "safety",
+    "hub",
+    "pipelines",
+    "evaluation",
+    "registration",
+    "__init__",
+]
 # The evaluators also read users' images and show their progress.
 CORE_IMPORTS = {room: {"torch"} for room in CORE} | {"likelihood": {"torch", "numpy", "PIL", "tqdm"}}
 

@@ -439,7 +439,12 @@ def test_what_reaches_the_hub(recipe, tmp_path):
         "checkpointing_steps": 1,
         "logger": "tensorboard",
     }
-    options |= {"push_to_hub": True, "hub_model_id": "someone/digits", "hub_private_repo": True}
+    options |= {
+        "push_to_hub": True,
+        "hub_model_id": "someone/digits",
+        "hub_private_repo": True,
+        "push_checkpoints": True,
+    }
     with HubDouble() as hub:
         environment = hub.env(tmp_path / "home")
         argv = command(recipe, output_dir, **options)
@@ -450,6 +455,9 @@ def test_what_reaches_the_hub(recipe, tmp_path):
         assert hub.repos["someone/digits"].private
         created, committed = (hub.requests(f"POST .*{path}") for path in ("repos/create", "/commit/"))
         assert created[0].target != committed[0].target
+        messages = [commit.title for commit in reversed(hub.commits("someone/digits"))]
+        assert [m for m in messages if m.startswith("Step")] == ["Step 1", "Step 2"]
+        assert messages[-1] == "Upload VDMPipeline"  # the finished one comes last
     code = {name for name in files if name.endswith("vdm_diffusers.py")}
     model = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"}
     rest = {".gitattributes", "README.md", "samples.png", "model_index.json"}

@@ -292,6 +292,9 @@ class RunArguments:
     sample_steps: int | None = argument(None, "Optimiser steps between sample grids; none: at the end; 0: never.")
     num_sample_images: int = argument(64, "Images in a sample grid.")
     push_to_hub: bool = argument(False, "Publish the model, its card and its pictures on the Hub at the end.")
+    push_checkpoints: bool = argument(
+        False, "With --push_to_hub: publish the model of every checkpoint too, while training goes on."
+    )
     hub_token: str | None = argument(None, "Token for the Hub; none: the one that `hf auth login` stored.")
     hub_model_id: str | None = argument(None, "Repository to publish to; none: the name of --output_dir.")
     hub_private_repo: bool = argument(False, "Make the repository private.")

@@ -30,6 +30,7 @@ from evaluation_report import extreme_images, markdown_block, plot_steps, plot_t
 from plots import image_grid, plot_loss_by_log_snr
 
 from vdm_diffusers import VDMPipeline, VDMScheduler
+from vdm_diffusers.hub import Provenance
 from vdm_diffusers.models.labels import is_class_conditional, num_classes
 
 
@@ -168,6 +169,8 @@ def evaluate(args: EvaluateArguments, data: DataArguments) -> dict[str, Any]:
         "images": images.name,
         "split": split,
         "checkpoint": str(args.checkpoint),
+        "fingerprint": images.fingerprint(),
+        "provenance": dataclasses.asdict(Provenance.of_this_run(args.seed)),
         "num_samples": args.num_samples,
         "seed": args.seed,
         "num_levels": pipeline.config.num_levels,

@@ -25,6 +25,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -782,6 +783,8 @@ class Training:
                     if scaler is not None:
                         torch.save(scaler, state / "scaler.pt")
                     write_json(state / "state.json", position)
+                if self.repo_id is not None and self.args.run.push_checkpoints:
+                    self.push_in_background(target, f"Step {position['step']}")
                 prune(self.output_dir, limit)
 
         return write
@@ -823,11 +826,37 @@ class Training:
             write_model_card(self.output_dir, self.model_description(images))
             if self.repo_id is not None:
                 run = self.args.run
-                publish_folder(
-                    self.output_dir, self.repo_id, private=run.hub_private_repo or None, token=run.hub_token
+                # through the queue of the checkpoints' pushes, so that none of them overtakes it
+                push = publish_folder(
+                    self.output_dir,
+                    self.repo_id,
+                    private=run.hub_private_repo or None,
+                    token=run.hub_token,
+                    run_as_future=True,
                 )
+                assert isinstance(push, Future)
+                push.result()
                 self.accelerator.print(f"published {self.repo_id}")
         self.accelerator.wait_for_everyone()
+
+    def push_in_background(self, folder: Path, message: str) -> None:
+        """Queue the model in `folder` for the Hub. A push that fails is reported, and costs the run nothing but that push."""
+
+        def report(push: Future[Any]) -> None:
+            if push.exception() is not None:
+                self.accelerator.print(f"warning: {message} was not pushed to {self.repo_id}: {push.exception()}")
+
+        run = self.args.run
+        push = publish_folder(
+            folder,
+            str(self.repo_id),
+            private=run.hub_private_repo or None,
+            commit_message=message,
+            token=run.hub_token,
+            run_as_future=True,
+        )
+        assert isinstance(push, Future)
+        push.add_done_callback(report)
 
     def model_description(self, images: dict[str, str]) -> ModelDescription:
         """What the model card says: what was trained on what, and the last evaluation."""

@@ -12,8 +12,9 @@ import sys
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 
-from .evaluation import evaluate_likelihood
+from .evaluation import estimate_optimal_variance, evaluate_likelihood
 from .latent_evaluation import evaluate_latent_likelihood
+from .likelihood import LikelihoodReport
 from .models import FourierFeaturesUNet, HierarchicalVAE, LearnedNoiseSchedule, VariationalAutoencoder, VDMUNet2DModel
 from .pipelines import LatentVDMPipeline, VDMPipeline
 from .registration import register_with_diffusers
@@ -26,10 +27,12 @@ __all__ = [
     "HierarchicalVAE",
     "LatentVDMPipeline",
     "LearnedNoiseSchedule",
+    "LikelihoodReport",
     "VDMPipeline",
     "VDMScheduler",
     "VDMUNet2DModel",
     "VariationalAutoencoder",
+    "estimate_optimal_variance",
     "evaluate_latent_likelihood",
     "evaluate_likelihood",
 ]
