@@ -88,10 +88,10 @@ def test_interpolation_is_the_schedulers():
 def test_dynamic_programming_finds_what_exhaustive_search_finds(variance):
     mixture_mse = OptimalVariance(torch.tensor([-5.0, -1.0, 2.0, 13.3]), torch.tensor([0.3, 0.25, 0.02, 1e-6]))
     candidates = torch.linspace(13.3, -5.0, 12, dtype=torch.float64)
+
     def cost(grid):
-        return (float(
-                expected_step_nats(grid[:-1], grid[1:], mixture_mse.at(grid[1:]), variance).sum()
-            ))
+        return float(expected_step_nats(grid[:-1], grid[1:], mixture_mse.at(grid[1:]), variance).sum())
+
     every = [candidates[[0, *inner, 11]] for inner in itertools.combinations(range(1, 11), 3)]
     best = min(every, key=cost)
     assert torch.equal(optimal_grid(mixture_mse, 4, candidates, variance=variance), best)

@@ -564,6 +564,7 @@ def test_what_is_made_in_inference_mode_serves_in_training():
     x = noise(0).requires_grad_()
     scheduler.add_noise(x, noise(1), torch.tensor([3, 4])).sum().backward()
     scheduler.step(noise(1), scheduler.timesteps[[0, 3]], x).prev_sample.sum().backward()
+    assert x.grad is not None and bool((x.grad != 0).all())
 
 
 # --- what a step costs ------------------------------------------------------------------------------------------------
@@ -762,7 +763,7 @@ def test_what_diffusers_does_with_a_log_snr_configuration():
         scheduler = getattr(diffusers, name).from_config(config)
         scheduler.set_timesteps(5)
         with pytest.raises(ValueError, match="prediction_type"):
-            scheduler.step(noise(0), scheduler.timesteps[0], noise(1))
+            assert scheduler.step(noise(0), scheduler.timesteps[0], noise(1)).prev_sample.isfinite().all()
 
 
 def test_the_road_of_a_score_model_to_diffusers_samplers():
