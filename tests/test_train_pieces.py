@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from checkpoints import (
     MANIFEST,
     CheckpointError,
@@ -278,7 +279,7 @@ def test_flips_and_dropped_labels_belong_to_rows():
 def test_fewer_processes_than_asked_for_stop(monkeypatch):
     for name in ("WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"):
         monkeypatch.delenv(name, raising=False)
-    alone = SimpleNamespace(num_processes=1, device=CPU)
+    alone = SimpleNamespace(num_processes=1, device=CPU, distributed_type=DistributedType.NO)
     check_launch(alone)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     check_launch(alone)  # `accelerate launch` with one process
@@ -288,7 +289,11 @@ def test_fewer_processes_than_asked_for_stop(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SetupError, match="WORLD_SIZE is 2"):
         check_launch(alone)
-    check_launch(SimpleNamespace(num_processes=2, device=CPU))
+    several = {"num_processes": 2, "device": CPU}
+    check_launch(SimpleNamespace(**several, distributed_type=DistributedType.MULTI_GPU))
+    for engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        with pytest.raises(SetupError, match=r"accelerate_configs/ddp.yaml"):
+            check_launch(SimpleNamespace(**several, distributed_type=engine))
 
 
 def test_idle_cores_are_told(monkeypatch):
