@@ -31,7 +31,7 @@ def evaluate_latent_likelihood(
     num_repeats: int = 16,
     batch_size: int = 256,
     seed: int = 0,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> LikelihoodReport:
     """The bound on -ln p of integer images, averaged over `num_repeats` independent passes, whose scatter is its error.
 

@@ -580,7 +580,7 @@ class _Problem:
     batch_size: int
     seed: int
     device: torch.device
-    progress: Callable[[int], None] | None
+    progress: Callable[[int], object] | None
     runner: Runner
     curve: _LossCurve
 
@@ -620,7 +620,7 @@ def evaluate_bound(
     variance_reduction: bool = True,
     target_standard_error: float | None = None,
     max_model_evaluations: int | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
     runner: Runner = run_all,
 ) -> LikelihoodReport:
     """The bound for integer images from `num_samples` evaluations of the network for each, stratified.
@@ -988,7 +988,7 @@ def measure_mse(
     batch_size: int = 256,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> OptimalVariance:
     """E|x - x_hat|^2 / D at the given log SNRs (K,), each averaged over equally many evaluations, `num_samples` an image.
 
@@ -1030,7 +1030,7 @@ def evaluate_importance_weighted(
     batch_size: int = 256,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> LikelihoodReport:
     """The K-sample bound -ln p(x) <= -E ln 1/K sum_k w_k, w = p(x, z_0..z_T) / q(z_0..z_T | x), over the whole chain.
 
@@ -1091,7 +1091,7 @@ def _chain_log_weights(
     lengths: list[int],
     generators: list[torch.Generator],
     device: torch.device | str,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], object] | None,
 ) -> Tensor:
     """ln p(x, z_0..z_T) - ln q(z_0..z_T | x) of one chain for each row: (M,) float64."""
     k = levels[index].to(device)

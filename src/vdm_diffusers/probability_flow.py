@@ -52,7 +52,7 @@ def evaluate_flow(
     batch_size: int = 256,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> LikelihoodReport:
     """-ln p of the flow for each image, from `num_samples` trajectories with draws of y_0 and probes of their own.
 
