@@ -76,7 +76,7 @@ published("model", pipe, tag="v2")
 half = VDMPipeline(unet(2).half(), scheduler, num_levels=17)
 half.push_to_hub("someone/model", variant="fp16")
 half.save_pretrained(f"{base}/half", variant="fp16")
-made["half"] = {"digest": digest(VDMPipeline.from_pretrained(f"{base}/half", variant="fp16", dtype=torch.float16))}
+made["half"] = {"digest": digest(VDMPipeline.from_pretrained(f"{base}/half", variant="fp16", torch_dtype=torch.float16))}
 published("shards", pipe, max_shard_size="8KB")
 
 torch.manual_seed(0)

@@ -44,6 +44,7 @@ CODE_FILE = "vdm_diffusers.py"
 CODE_PATHS = (CODE_FILE, f"unet/{CODE_FILE}", f"scheduler/{CODE_FILE}")
 PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".gif")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+_UPLOAD_TRIES = 3
 
 
 def model_location(name: str) -> str:
@@ -174,9 +175,17 @@ def _push(
             raise ValueError(
                 f"`tag` {tag!r} exists in {repo_id} and is another commit ({tags[tag]}): choose a new one."
             )
+    additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in sorted(content.items())]
+    for tries_left in reversed(range(_UPLOAD_TRIES)):
+        try:
+            api.preupload_lfs_files(repo_id, additions, revision=revision, create_pr=create_pr)
+            break
+        except RuntimeError:  # how older clients, which do not try again themselves, report a connection that broke
+            if not tries_left:
+                raise
     commit = api.create_commit(
         repo_id,
-        [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in sorted(content.items())],
+        additions,
         commit_message=commit_message,
         revision=revision,
         create_pr=create_pr,
