@@ -16,6 +16,7 @@ TINY = {
     "latent_channels": 2,
     "norm_num_groups": 4,
     "train_batch_size": 8,
+    "optimizer": "adamw",
     "lr_warmup_steps": 0,
     "max_train_steps": 6,
     "checkpointing_steps": 3,
@@ -73,3 +74,8 @@ def test_refusals(tmp_path, capsys):
     assert "class_conditional" in capsys.readouterr().err
     assert run(tmp_path / "c", model="hvae", block_out_channels="8 8 8 8 8") == 2
     assert "sample_size" in capsys.readouterr().err
+
+
+def test_muon_without_a_matrix_for_it_is_an_error_that_says_what_to_do(tmp_path, capsys):
+    assert run(tmp_path / "run", model="vae", optimizer="muon") == 2
+    assert "--optimizer adamw" in capsys.readouterr().err

@@ -410,15 +410,18 @@ class Training:
             self._load_weights(resume_from)
         if optimization.compile:
             self.network.compile()
-        optimizer = make_optimizer(
-            optimization.optimizer,
-            self.network.named_parameters(),
-            lr=optimization.learning_rate,
-            betas=(optimization.adam_beta1, optimization.adam_beta2),
-            weight_decay=optimization.adam_weight_decay,
-            eps=optimization.adam_epsilon,
-            fused=device.type in ("cpu", "cuda"),
-        )
+        try:
+            optimizer = make_optimizer(
+                optimization.optimizer,
+                self.network.named_parameters(),
+                lr=optimization.learning_rate,
+                betas=(optimization.adam_beta1, optimization.adam_beta2),
+                weight_decay=optimization.adam_weight_decay,
+                eps=optimization.adam_epsilon,
+                fused=device.type in ("cpu", "cuda"),
+            )
+        except ValueError as error:
+            raise SetupError(str(error)) from error
         self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
         self.parameters = list(self.model.parameters())  # walking the modules at each step would cost a millisecond
         if resume_from is not None:
