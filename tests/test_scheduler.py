@@ -789,4 +789,4 @@ def test_no_warnings_from_ordinary_use():
         for config in OWN:
             scheduler = VDMScheduler(**config)
             scheduler.set_timesteps(2)
-            scheduler.step(noise(0), scheduler.timesteps[0], noise(1))
+            assert scheduler.step(noise(0), scheduler.timesteps[0], noise(1)).prev_sample.isfinite().all()
