@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -84,14 +84,7 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
         shift_factor: float | None = None,
     ):
         super().__init__()
-        check_sizes(sample_size, block_out_channels, norm_num_groups)
-        check_likelihood(likelihood, num_levels)
-        widths = tuple(block_out_channels)
-        self.encoder = ConvEncoder(in_channels, 2 * latent_channels, widths, layers_per_block, norm_num_groups)
-        outputs = in_channels * num_parameters(likelihood)
-        self.decoder = ConvDecoder(latent_channels, outputs, widths, layers_per_block, norm_num_groups)
-        # Latents that are mostly noise at first are soon ignored for good: a narrow posterior lets the decoder notice them.
-        nn.init.constant_(self.encoder.get_parameter(f"{len(self.encoder) - 1}.bias")[latent_channels:], -4.0)
+        self.encoder, self.decoder = image_networks(self.config)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -273,6 +266,22 @@ def latent_shape(
     height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     factor = 2 ** (len(block_out_channels) - 1)
     return (channels, height // factor, width // factor)
+
+
+def image_networks(config: Mapping[str, Any]) -> tuple[ConvEncoder, ConvDecoder]:
+    """Encoder and decoder between images and latents, from the arguments that VAE and hierarchical VAE share.
+
+    Raises:
+        ValueError: sizes that do not divide, an unknown likelihood, or Bernoulli with other than two levels.
+    """
+    widths, groups = tuple(config["block_out_channels"]), config["norm_num_groups"]
+    check_sizes(config["sample_size"], widths, groups)
+    check_likelihood(config["likelihood"], config["num_levels"])
+    latents, outputs = config["latent_channels"], config["in_channels"] * num_parameters(config["likelihood"])
+    encoder = ConvEncoder(config["in_channels"], 2 * latents, widths, config["layers_per_block"], groups)
+    # Latents that are mostly noise at first are soon ignored for good: a narrow posterior lets the decoder notice them.
+    nn.init.constant_(encoder.get_parameter(f"{len(encoder) - 1}.bias")[latents:], -4.0)
+    return encoder, ConvDecoder(latents, outputs, widths, config["layers_per_block"], groups)
 
 
 def zero_(layer: nn.Module) -> None:

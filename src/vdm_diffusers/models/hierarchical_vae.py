@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
@@ -23,12 +25,10 @@ from vdm_diffusers.elbo_forms import (
 )
 from vdm_diffusers.gaussian import alpha_sigma
 from vdm_diffusers.models.autoencoder_variational import (
-    ConvDecoder,
-    ConvEncoder,
     Likelihood,
     ResnetBlock,
-    check_likelihood,
     check_sizes,
+    image_networks,
     latent_shape,
     num_parameters,
     parameters_log_likelihood,
@@ -36,6 +36,10 @@ from vdm_diffusers.models.autoencoder_variational import (
 )
 from vdm_diffusers.numerics import noise_like
 from vdm_diffusers.prediction import convert
+
+
+KEEP = math.sqrt(0.5)  # of a latent, in the next one, when newly made
+MIN_FACTOR = 1e-4  # nowhere is a variance so small that its density explodes
 
 
 class HierarchicalVAE(ModelMixin, ConfigMixin):
@@ -102,11 +106,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
                 {str(i): LatentNetwork(in_channels, in_channels, widths[-1], norm_num_groups) for i in above}
             )
             return
-        check_sizes(sample_size, widths, norm_num_groups)
-        check_likelihood(likelihood, num_levels)
-        self.encoder = ConvEncoder(in_channels, 2 * latent_channels, widths, layers_per_block, norm_num_groups)
-        outputs = in_channels * num_parameters(likelihood)
-        self.decoder = ConvDecoder(latent_channels, outputs, widths, layers_per_block, norm_num_groups)
+        self.encoder, self.decoder = image_networks(self.config)
         self.encoders, self.decoders = (
             nn.ModuleDict(
                 {
@@ -136,8 +136,8 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
 
         def encode(layer: int, z: Tensor) -> Normal:
             if layer == 1:
-                mean, raw = self.encoder(z).chunk(2, dim=1)
-                return Normal(mean, _variance(raw))
+                posterior = DiagonalGaussianDistribution(self.encoder(z))
+                return Normal(posterior.mean, posterior.var)
             return _conditional(self.encoders[str(layer)], z)
 
         return Hierarchy(self.config.num_layers, encode, lambda layer, z: _conditional(self.decoders[str(layer)], z))
@@ -229,11 +229,11 @@ class LatentNetwork(nn.Sequential):
 
 
 def _conditional(network: nn.Module, z: Tensor) -> Normal:
-    """N(z + change, variance): a new layer passes its input on, so that a deep chain starts as a shallow one."""
+    """N(keep z + change, (1 - keep^2) factor), where a new network gives change 0 and factor 1.
+
+    Used in both directions, a new layer is reversible: N(z_{l-1}; 0, I) q(z_l | z_{l-1}) = N(z_l; 0, I) p(z_{l-1} | z_l). Its part of the
+    bound's log ratio cancels for every draw, so that a deep chain starts as a VAE does, without even its noise.
+    """
     change, raw = network(z).chunk(2, dim=1)
-    return Normal(z + change, _variance(raw))
-
-
-def _variance(raw: Tensor) -> Tensor:
-    """A positive variance from a network's output: about 0.5 at 0, and nowhere so small that a density explodes."""
-    return 1e-4 + F.softplus(raw - 0.4)
+    factor = MIN_FACTOR + F.softplus(raw + math.log(math.expm1(1 - MIN_FACTOR)))
+    return Normal(KEEP * z + change, (1 - KEEP**2) * factor)
