@@ -1,8 +1,11 @@
 """The whole family on one data set, with the same budget: VAE, hierarchical VAE (2, 4 layers), VDM, VAE with a VDM prior.
 
-Every model is trained by its own bound for the same time on one core (seconds of processor time, so that other work on the machine does
-not count), with the same optimiser, batch and averaging of weights, and evaluated on the test split in bits/dim. `--models`
-also knows VDMs whose networks predict the data, the noise, or the score, all with ELBO weighting.
+Every model is trained by its own bound for the same time on one core, by the digits recipe's optimiser, batch and averaging of weights.
+Time is the processor's (on an accelerator the clock's), so that other work on the machine counts little. At every tenth of the budget the averaged weights are
+looked at on images held out of training, and the best are kept: no model loses by a budget that is too long for it. The result is
+bits/dim on the test split. `--models` also knows VDMs whose networks predict the data, the noise, or the score, all with ELBO weighting.
+
+Finished models stand in family.json in --output and are not trained again; a run that was cut off goes on with the next one.
 
     python benchmarks/family.py                                                # the digits that come with scikit-learn
     python benchmarks/family.py --dataset_name ylecun/mnist --budget 600       # MNIST, 8 bits
@@ -23,25 +26,24 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-from config import DataArguments
-from data import load_split
+from checkpoints import write_json
+from config import DIGITS_RECIPE, Arguments, parse_arguments
+from data import ImageSet, default_test_split, load_split, load_splits
+from diffusion import DiffusionTask, Rows, make_scheduler
+from ema import ema_decay
+from latent_models import make_latent_model
+from networks import make_network
+from optimizers import make_optimizer
 
 from vdm_diffusers import (
-    HierarchicalVAE,
     LatentVDMPipeline,
     VariationalAutoencoder,
     VDMPipeline,
-    VDMScheduler,
     VDMUNet2DModel,
     evaluate_latent_likelihood,
     evaluate_likelihood,
 )
-from vdm_diffusers.decoders import encode_pixels
-from vdm_diffusers.elbo import continuous_weight
-from vdm_diffusers.gaussian import diffuse
 from vdm_diffusers.likelihood import LikelihoodReport
-from vdm_diffusers.objectives import diffusion_loss
-from vdm_diffusers.time_sampling import low_discrepancy
 
 FAMILY = ("vae", "hvae2", "hvae4", "vdm", "latent_vdm")
 PREDICTIONS = ("vdm_sample", "vdm_epsilon", "vdm_score")
@@ -55,84 +57,150 @@ NAMES = {
     "vdm_epsilon": "VDM, predicts eps (no residual)",
     "vdm_score": "VDM, predicts the score",
 }
-BATCH = 64
+LOOKS = 10  # at the held-out images, while training
+
+Loss = Callable[[Tensor, int], Tensor]  # integer images and the step -> (B,) bits/dim
+
+
+def arguments(name: str, dataset_name: str | None, small: bool) -> Arguments:
+    """What `train.py` would be given: the digits recipe, with what the model and larger images need."""
+    tokens = ["--config", str(DIGITS_RECIPE)]
+    if dataset_name is not None:
+        tokens += ["--dataset_name", dataset_name, "--image_mode", "L"]
+    if not small:
+        tokens += [
+            "--log_snr_max",
+            "13.3",
+            "--log_snr_table",
+            "13.3",
+            "-5",
+            "--fourier_exponents",
+            "7",
+            "8",
+            "--hidden_channels",
+            "32",
+        ]
+        tokens += ["--block_out_channels", "32", "64", "64"]
+    kind = name.rstrip("0123456789")
+    if kind in ("vae", "hvae"):
+        tokens += ["--model", kind, "--num_layers", name[4:] or "1"]
+    elif name in PREDICTIONS:
+        tokens += ["--prediction_type", name.removeprefix("vdm_")]
+    return parse_arguments(tokens)
 
 
 def train(
+    name: str,
     modules: list[nn.Module],
-    loss: Callable[[Tensor, torch.Generator], Tensor],
-    levels: Tensor,
+    loss: Loss,
+    train_levels: Tensor,
+    held_out: Tensor,
+    args: Arguments,
     budget: float,
-    lr: float,
+    *,
+    scale: float = 1.0,
 ) -> int:
-    """Minimise `loss(levels, generator)` for `budget` seconds of processor time; leaves averaged weights. Returns the steps."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    average = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    """Minimise the loss for `budget` seconds; leaves the averaged weights that are best on held-out images. Returns the steps.
+
+    Arguments:
+        scale: of the recipe's learning rate.
+    """
+    recipe = args.optimization
+    named = [(key, p) for module in modules for key, p in module.named_parameters() if p.requires_grad]
+    parameters = [p for _, p in named]
+    device = parameters[0].device
+    average, best, best_bits = [p.detach().clone() for p in parameters], None, math.inf
+    optimizer = make_optimizer(
+        recipe.optimizer,
+        named,
+        lr=recipe.learning_rate,
+        betas=(recipe.adam_beta1, recipe.adam_beta2),
+        weight_decay=recipe.adam_weight_decay,
+        eps=recipe.adam_epsilon,
+        fused=device.type in ("cpu", "cuda"),
+    )
     generator = torch.Generator().manual_seed(0)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     for module in modules:
         module.train()
-    start, step = time.process_time(), 0
-    while (spent := (time.process_time() - start) / budget) < 1:
+    start, step, looks = clock(), 0, 0
+    while best is None or (clock() - start) / budget < 1:
+        spent = min((clock() - start) / budget, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * spent))
-        value = loss(levels[torch.randint(len(levels), (BATCH,), generator=generator)], generator)
+            warm_up = min(1, (step + 1) / recipe.lr_warmup_steps)
+            group["lr"] = scale * recipe.learning_rate * warm_up * 0.5 * (1 + math.cos(math.pi * spent))
+        index = torch.randint(len(train_levels), (recipe.train_batch_size,), generator=generator)
+        value = loss(train_levels[index].to(device), step).mean()
         if not bool(value.isfinite()):
-            raise RuntimeError(f"the loss is {float(value.detach())} in step {step}")
+            raise RuntimeError(f"{name}: the loss is {float(value.detach())} in step {step}")
         optimizer.zero_grad()
         value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
         optimizer.step()
         step += 1
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - min(0.998, (1 + step) / (10 + step)))
+        decay = ema_decay(step, inv_gamma=recipe.ema_inv_gamma, power=recipe.ema_power, max_decay=recipe.ema_max_decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(average, parameters, 1 - decay)
+        if (clock() - start) / budget * LOOKS >= looks + 1:  # looking costs nothing of the budget
+            began, looks = clock(), int((clock() - start) / budget * LOOKS)
+            bits = look(modules, parameters, average, loss, held_out)
+            if bits < best_bits:
+                best, best_bits = [mean.clone() for mean in average], bits
+            print(f"  {name}: {looks * 10}% of the budget, {step} steps, held-out loss {bits:.3f}", flush=True)
+            start += clock() - began
     with torch.no_grad():
-        for p, mean in zip(parameters, average, strict=True):
-            p.copy_(mean)
+        torch._foreach_copy_(parameters, best)
     for module in modules:
         module.eval()
     return step
 
 
-def sizes(levels: Tensor) -> dict:
-    """Widths by the size of the images: both are small networks."""
-    small = levels.shape[-1] <= 8
-    return {"block_out_channels": (32, 64) if small else (32, 64, 64), "latent_channels": 4}
-
-
-def make_unet(
-    channels: int, size: tuple[int, int], hidden: int, fourier: tuple[float, ...], residual: bool
-) -> VDMUNet2DModel:
-    return VDMUNet2DModel(
-        sample_size=size,
-        in_channels=channels,
-        hidden_channels=hidden,
-        layers_per_block=2,
-        fourier_exponents=fourier,
-        residual_connection=residual,
-        norm_num_groups=8,
-        dropout=0.0,
-        add_attention=size[0] <= 8,
+@torch.no_grad()
+def look(
+    modules: list[nn.Module], parameters: list[nn.Parameter], average: list[Tensor], loss: Loss, levels: Tensor
+) -> float:
+    """The loss of the averaged weights on held-out images, with the same noise at every call."""
+    trained = [p.clone() for p in parameters]
+    torch._foreach_copy_(parameters, average)
+    for module in modules:
+        module.eval()
+    batches = levels.to(parameters[0].device).split(100)
+    total = sum(
+        float(loss(batch, -1 - i - repeat * len(batches)).sum())
+        for repeat in range(4)
+        for i, batch in enumerate(batches)
     )
+    torch._foreach_copy_(parameters, trained)
+    for module in modules:
+        module.train()
+    return total / (4 * len(levels))
 
 
-def run(name: str, train_levels: Tensor, test_levels: Tensor, num_levels: int, budget: float, repeats: int) -> dict:
+def run(
+    name: str,
+    args: Arguments,
+    splits: tuple[ImageSet, ImageSet, Tensor],
+    budget: float,
+    repeats: int,
+    device: torch.device,
+) -> dict:
     """Train and evaluate one model: its row of the table, and the model as `model` for pictures."""
     torch.manual_seed(0)
-    channels, size = train_levels.shape[1], tuple(train_levels.shape[2:])
-    common = {"sample_size": size, "in_channels": channels, "num_levels": num_levels, **sizes(train_levels)}
-    num_dims = train_levels[0].numel()
+    train_set, held_out_set, test_levels = splits
+    train_levels, held_out = train_set.images.long(), held_out_set.images[:300].long()
+    num_levels, num_dims = train_set.num_levels, train_set.num_dims
     to_bits = 1 / (num_dims * math.log(2))
+    test_levels = test_levels.to(device)
+    common = {"held_out": held_out, "args": args, "train_levels": train_levels}
     tighter = None
 
-    def mean_bits(bound: Callable) -> Callable[[Tensor, torch.Generator], Tensor]:
-        return lambda levels, generator: bound(levels, generator=generator).nats.mean() * to_bits
+    def bits(bound: Callable) -> Loss:
+        return lambda levels, step: bound(levels, generator=torch.Generator().manual_seed(2**20 + step)).nats * to_bits
 
     report: LikelihoodReport
     if name in ("vae", "hvae2", "hvae4"):
-        model = (
-            VariationalAutoencoder(**common) if name == "vae" else HierarchicalVAE(num_layers=int(name[4:]), **common)
-        )
-        steps = train([model], mean_bits(model.bound), train_levels, budget, 2e-3)
+        model = make_latent_model(args, train_set, num_levels).to(device)
+        steps = train(name, [model], bits(model.bound), budget=budget, **common)
         report = evaluate_latent_likelihood(model.bound, test_levels, num_repeats=repeats)
         tighter = evaluate_latent_likelihood(
             model.bound,
@@ -143,49 +211,41 @@ def run(name: str, train_levels: Tensor, test_levels: Tensor, num_levels: int, b
         )
         parameters = model.num_parameters()
     elif name == "latent_vdm":
-        vae = VariationalAutoencoder(**common)
-        scheduler = VDMScheduler(beta_schedule="log_snr_linear", log_snr_max=8.0, log_snr_min=-6.0)
-        unet = make_unet(common["latent_channels"], vae.latent_shape[1:], 48, (), True)
-        model = LatentVDMPipeline(vae, unet, scheduler)
-        steps = train([vae], mean_bits(vae.bound), train_levels, 0.4 * budget, 2e-3)
-        model.fit_latent_scale(train_levels[:1024])
+        args.model.model = "vae"
+        vae = make_latent_model(args, train_set, num_levels).to(device)
+        args.diffusion.log_snr_max, args.diffusion.log_snr_min, args.diffusion.log_snr_table = 8.0, -6.0, None
+        channels, *size = vae.latent_shape
+        unet = VDMUNet2DModel(
+            sample_size=size,
+            in_channels=channels,
+            hidden_channels=48,
+            layers_per_block=2,
+            fourier_exponents=(),
+            attention_head_dim=16,
+            norm_num_groups=8,
+            dropout=0.1,
+        ).to(device)
+        model = LatentVDMPipeline(vae, unet, make_scheduler(args.diffusion))
+        steps = train(name, [vae], bits(vae.bound), budget=0.4 * budget, **common)
+        model.fit_latent_scale(train_levels[:1024].to(device))
         vae.requires_grad_(False)
 
-        def prior_loss(levels: Tensor, generator: torch.Generator) -> Tensor:
-            return (
-                model.latent_bound(model.encode(levels, generator=generator), generator=generator).nats.mean()
-                * to_bits
-            )
+        def prior_bound(levels: Tensor, generator: torch.Generator) -> object:
+            return model.latent_bound(model.encode(levels, generator=generator), generator=generator)
 
-        steps += train([unet], prior_loss, train_levels, 0.4 * budget, 3e-3)
+        steps += train(name, [unet], bits(prior_bound), budget=0.4 * budget, **common)
         vae.requires_grad_(True)
-        steps += train([vae, unet], mean_bits(model.bound), train_levels, 0.2 * budget, 5e-4)  # end to end
+        steps += train(name, [vae, unet], bits(model.bound), budget=0.2 * budget, scale=0.2, **common)  # end to end
         report = evaluate_latent_likelihood(model.bound, test_levels, num_repeats=4 * repeats)
         parameters = vae.num_parameters() + unet.num_parameters()
     else:
-        prediction = name.removeprefix("vdm_") if name != "vdm" else "epsilon"
-        scheduler = VDMScheduler(
-            beta_schedule="log_snr_linear",
-            log_snr_max=8.0 if num_levels <= 32 else 13.3,
-            log_snr_min=-5.0,
-            prediction_type=prediction,
-        )
-        octave = math.log2(num_levels)
-        fourier = (octave - 2, octave - 1, octave)
-        unet = make_unet(channels, size, 48 if num_dims <= 64 else 24, fourier, name == "vdm")
-        model = VDMPipeline(unet, scheduler, num_levels=num_levels)
-        schedule = scheduler.noise_schedule
-
-        def vdm_loss(levels: Tensor, generator: torch.Generator) -> Tensor:
-            x = encode_pixels(levels, num_levels)
-            noise = torch.randn(x.shape, generator=generator)
-            t = low_discrepancy(len(x), generator=generator)
-            log_snr = schedule.log_snr(t)
-            output = unet(diffuse(x, noise, log_snr), scheduler.timestep_from_log_snr(log_snr).float()).sample
-            weight = continuous_weight(schedule.derivative(t))
-            return diffusion_loss(output, x, noise, log_snr, prediction_type=prediction, elbo_weight=weight).mean()
-
-        steps = train([unet], vdm_loss, train_levels, budget, 4e-3)
+        unet = make_network(args, train_set)
+        if name in PREDICTIONS:  # the residual connection would help the noise alone
+            unet = VDMUNet2DModel.from_config({**unet.config, "residual_connection": False})
+        model = VDMPipeline(unet.to(device), make_scheduler(args.diffusion), num_levels=num_levels)
+        task = DiffusionTask(args.diffusion, model.scheduler, num_levels=num_levels, seed=0, device=device)
+        loss = lambda levels, step: task.losses(unet, levels, None, Rows(step, 0, len(levels), len(levels))).weighted  # noqa: E731
+        steps = train(name, [unet], loss, budget=budget, **common)
         report = evaluate_likelihood(model, test_levels, num_samples=repeats, progress_bar=False)
         parameters = unet.num_parameters()
     three = [report.prior, report.diffusion, report.reconstruction]
@@ -261,36 +321,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(FAMILY), choices=[*FAMILY, *PREDICTIONS])
     parser.add_argument("--dataset_name", help="as in train.py; none: the digits that come with scikit-learn")
-    parser.add_argument("--budget", type=float, default=120, help="seconds of processor time to train each model")
+    parser.add_argument("--budget", type=float, default=120, help="seconds to train each model")
     parser.add_argument("--max_test_images", type=int, default=1000)
     parser.add_argument("--num_repeats", type=int, default=16, help="evaluations of each test image")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/family"), help="folder of the table, the models and the pictures"
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    data = DataArguments(dataset_name=args.dataset_name)
-    train_set, test_set = load_split(data, "train", 0), load_split(data, "test", 0)
-    test_levels = test_set.images[: args.max_test_images].long()
-    train_levels, num_levels = train_set.images.long(), train_set.num_levels
+    data = arguments("vdm", args.dataset_name, small=True).data
+    train_set, held_out_set = load_splits(data, 0)
+    test_set = load_split(data, default_test_split(data), 0).first(args.max_test_images)
+    test_levels, small = test_set.images.long(), test_set.images.shape[-1] <= 8
     args.output.mkdir(parents=True, exist_ok=True)
-    rows = []
+    path = args.output / "family.json"
+    settings = {
+        "budget": args.budget,
+        "data": test_set.name,
+        "num_repeats": args.num_repeats,
+        "device": args.device.type,
+    }
+    done: dict[str, dict] = {}
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["settings"] != settings:
+            parser.error(f"{path} holds results with other settings: {before['settings']}. Give another --output.")
+        done = {row["name"]: row for row in before["rows"]}
     for name in args.models:
-        row = run(name, train_levels, test_levels, num_levels, args.budget, args.num_repeats)
+        if name in done:
+            print(f"{NAMES[name]}: {done[name]['bits_per_dim']:.3f} bits/dim, from {path}", flush=True)
+            continue
+        run_args = arguments(name, args.dataset_name, small)
+        row = run(name, run_args, (train_set, held_out_set, test_levels), args.budget, args.num_repeats, args.device)
         model = row.pop("model")
-        model.save_pretrained(args.output / name)
-        draw(model, test_levels, num_levels, args.output / f"{name}.png")
-        rows.append(row)
+        model.to("cpu").save_pretrained(args.output / name)
+        draw(model, test_levels, test_set.num_levels, args.output / f"{name}.png")
+        done[name] = row
+        write_json(path, {"settings": settings, "rows": list(done.values())})
         print(f"{NAMES[name]}: {row['bits_per_dim']:.3f} bits/dim", flush=True)
-        (args.output / "family.json").write_text(
-            json.dumps(
-                {"budget": args.budget, "data": test_set.name, "images": len(test_levels), "rows": rows},
-                indent=1,
-            )
-        )
-    print(
-        f"\n{test_set.name}: {len(test_levels)} images; {args.budget:g} s of processor time for each model\n\n{table(rows)}"
-    )
+    print(f"\n{test_set.name}; {args.budget:g} s for each model\n\n{table([done[name] for name in args.models])}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,6 @@ from vdm_diffusers.models.autoencoder_variational import (
 from vdm_diffusers.numerics import noise_like
 from vdm_diffusers.prediction import convert
 
-
 KEEP = math.sqrt(0.5)  # of a latent, in the next one, when newly made
 MIN_FACTOR = 1e-4  # nowhere is a variance so small that its density explodes
 
