@@ -128,10 +128,6 @@ class ModelArguments:
     fourier_exponents: list[float] = argument(
         [7.0, 8.0], "Octaves n of its input features sin(2^n pi z), cos(2^n pi z): 7 8 for 256 levels, 2 3 4 for 17."
     )
-    fourier_gate: bool = argument(False, "Let the timestep switch their octaves off where they carry noise alone.")
-    resnet_time_scale_shift: Literal["default", "scale_shift"] = argument(
-        "default", "How its residual blocks take in the timestep: added, or as scale and shift of what is normalised."
-    )
     add_attention: bool = argument(True, "Self-attention in its middle.")
     attention_head_dim: int | None = argument(None, "Channels of an attention head; none: one head.")
     norm_num_groups: int = argument(32, "Groups of its group normalisations; must divide --hidden_channels.")

@@ -37,8 +37,6 @@ def make_network(args: Arguments, images: ImageSet) -> ModelMixin:
         layers_per_block=model.layers_per_block,
         num_train_timesteps=args.diffusion.ddpm_num_steps,
         fourier_exponents=model.fourier_exponents,
-        fourier_gate=model.fourier_gate,
-        resnet_time_scale_shift=model.resnet_time_scale_shift,
         residual_connection=args.diffusion.prediction_type == "epsilon",
         add_attention=model.add_attention,
         attention_head_dim=model.attention_head_dim,

@@ -23,12 +23,9 @@ def _zero_(layer: nn.Module) -> None:
 
 
 class VDMResnetBlock2D(nn.Module):
-    """GroupNorm, SiLU, 3x3 convolution, twice; the identity when newly made.
-
-    The embedding is added before the second normalisation, or with `scale_shift` scales and shifts what leaves it.
+    """GroupNorm, SiLU, 3x3 convolution, twice; the embedding is added in the middle. The identity when newly made.
 
     Source: Kingma et al. 2021, appendix B; the last convolution and the projection of the embedding start at zero.
-    `scale_shift`: Dhariwal and Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", equation 3 (AdaGN).
     """
 
     def __init__(
@@ -39,13 +36,11 @@ class VDMResnetBlock2D(nn.Module):
         norm_num_groups: int,
         norm_eps: float,
         dropout: float,
-        scale_shift: bool,
     ):
         super().__init__()
-        self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(norm_num_groups, in_channels, eps=norm_eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-        self.time_emb_proj = nn.Linear(time_embed_dim, 2 * out_channels if scale_shift else out_channels)
+        self.time_emb_proj = nn.Linear(time_embed_dim, out_channels)
         self.norm2 = nn.GroupNorm(norm_num_groups, out_channels, eps=norm_eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
@@ -57,12 +52,7 @@ class VDMResnetBlock2D(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
         h = self.conv1(F.silu(self.norm1(hidden_states)))
-        projected = self.time_emb_proj(emb)[:, :, None, None]
-        if self.scale_shift:
-            scale, shift = projected.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
-        else:
-            h = self.norm2(h + projected)
+        h = self.norm2(h + self.time_emb_proj(emb)[:, :, None, None])
         h = self.conv2(self.dropout(F.silu(h)))
         return self.conv_shortcut(hidden_states) + h
 
@@ -133,13 +123,9 @@ class VDMUNet2DModel(ModelMixin, ConfigMixin):
         time_embedding_dim: width of the embedding; `None`: `4 * hidden_channels`.
         fourier_exponents: `n` of the input features `sin(2^n pi z)`, `cos(2^n pi z)`; see [`FourierFeatures`] on which
             suit how many levels. Empty: none.
-        fourier_gate: multiply every frequency's sines and cosines by a learned function of the embedding, 1 when new.
-            Where the noise is wider than a period they carry noise alone, and only the timestep says where that is.
         residual_connection: add `z` to the output. Meant for predictions of the noise; switch it off for other types.
         add_attention: self-attention in the middle.
         attention_head_dim: channels of an attention head; `None`: a single head.
-        resnet_time_scale_shift: "default": ResNet blocks add the embedding, as in the paper; "scale_shift": it scales and
-            shifts what their second normalisation gives. As in `UNet2DModel`.
         num_class_embeds: number of classes `K`; `None`: no class conditioning. Labels 0 to `K - 1` are the classes,
             and label `K` means "no class": train with some labels replaced by `K`, and classifier-free guidance has its
             unconditional prediction.
@@ -177,11 +163,9 @@ class VDMUNet2DModel(ModelMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
         time_embedding_dim: int | None = None,
         fourier_exponents: Sequence[float] = (7, 8),
-        fourier_gate: bool = False,
         residual_connection: bool = True,
         add_attention: bool = True,
         attention_head_dim: int | None = None,
-        resnet_time_scale_shift: str = "default",
         num_class_embeds: int | None = None,
         dropout: float = 0.1,
         norm_num_groups: int = 32,
@@ -218,32 +202,14 @@ class VDMUNet2DModel(ModelMixin, ConfigMixin):
                 raise ValueError(f"`{name}` must divide `hidden_channels`, got {size} and {hidden_channels}.")
         if hidden_channels < 4:
             raise ValueError(f"`hidden_channels` must be at least 4 to hold the sinusoids, got {hidden_channels}.")
-        if resnet_time_scale_shift not in ("default", "scale_shift"):
-            raise ValueError(
-                f'`resnet_time_scale_shift` must be "default" or "scale_shift", got {resnet_time_scale_shift!r}.'
-            )
-        if fourier_gate and not fourier_exponents:
-            raise ValueError("`fourier_gate` needs features to gate: name some `fourier_exponents`, or leave it off.")
         check_residual_channels(in_channels, out_channels, residual_connection)
 
         def resnet(in_channels: int) -> VDMResnetBlock2D:
-            return VDMResnetBlock2D(
-                in_channels,
-                hidden_channels,
-                time_embed_dim,
-                norm_num_groups,
-                norm_eps,
-                dropout,
-                resnet_time_scale_shift == "scale_shift",
-            )
+            return VDMResnetBlock2D(in_channels, hidden_channels, time_embed_dim, norm_num_groups, norm_eps, dropout)
 
         self.fourier_features = FourierFeatures(fourier_exponents)
         self.time_embedding = TimestepEmbedding(hidden_channels, time_embed_dim)
         self.class_embedding = nn.Embedding(num_class_embeds + 1, time_embed_dim) if num_class_embeds else None
-        # One gate for the sine and one for the cosine of every frequency, shared by the channels of the sample.
-        self.gate_proj = nn.Linear(time_embed_dim, 2 * len(fourier_exponents)) if fourier_gate else None
-        if self.gate_proj is not None:
-            _zero_(self.gate_proj)
         self.conv_in = nn.Conv2d(self.fourier_features.num_features(in_channels), hidden_channels, 3, padding=1)
         self.down_blocks = nn.ModuleList(resnet(hidden_channels) for _ in range(layers_per_block))
         attention = VDMAttention2D(hidden_channels, head_dim, norm_num_groups, norm_eps) if add_attention else None
@@ -282,9 +248,6 @@ class VDMUNet2DModel(ModelMixin, ConfigMixin):
         features = self.fourier_features(sample)
         # `self.dtype` and not that of one weight: it stays right when Diffusers stores the weights in another dtype.
         emb = self._embed(timestep, class_labels, sample).to(self.dtype)
-        if self.gate_proj is not None:
-            gate = (1 + self.gate_proj(emb)).repeat_interleave(sample.shape[1], dim=1)[:, :, None, None]
-            features = torch.cat([sample, features[:, sample.shape[1] :] * gate], dim=1)
         hidden_states = self.conv_in(features.to(self.dtype))
         skips = [hidden_states]
         for block in self.down_blocks:
