@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 from config import ARGUMENTS_FILE, DataArguments
@@ -81,7 +82,7 @@ def train_schedule(estimate: Estimator, ends: tuple[float, float], steps: int, b
     schedule = LearnedNoiseSchedule(*ends)
     optimizer = torch.optim.Adam(schedule.parameters(), lr=0.03, betas=(0.9, 0.99))
     estimate.pipeline.unet.requires_grad_(False)
-    for step in range(steps):
+    for step in tqdm(range(steps), desc="learning the schedule"):
         cut = schedule.cut(uniform(batch, generator=estimate.generator))
         losses = estimate(cut.log_snr, cut.elbo_weight)
         losses.mean().backward()
@@ -97,7 +98,7 @@ def measured_optimum(estimate: Estimator, ends: tuple[float, float], batches: in
     """The schedule whose density of log SNR follows the root of the mean squared loss, measured in 48 bins."""
     linear = LinearLogSNRSchedule(*ends)
     sampler = AdaptiveTimeSampler(linear, num_bins=48, decay=0.999, uniform_share=0.001)
-    for _ in range(batches):
+    for _ in tqdm(range(batches), desc="measuring the profile"):
         t, _ = sampler.place(low_discrepancy(batch, generator=estimate.generator))
         sampler.update(sampler.sums(t, estimate.at(linear, t)))
     u = torch.linspace(0, 1, 4001, dtype=torch.float64).clamp(max=1 - 1e-12)
@@ -109,7 +110,10 @@ def measure(estimate: Estimator, schedule: NoiseSchedule, batches: int, batch: i
 
     def draws(times: Callable[..., Tensor]) -> Tensor:
         return torch.stack(
-            [estimate.at(schedule, times(batch, generator=estimate.generator)).double() for _ in range(batches)]
+            [
+                estimate.at(schedule, times(batch, generator=estimate.generator)).double()
+                for _ in tqdm(range(batches), leave=False)
+            ]
         )
 
     single, stratified = draws(uniform).flatten(), draws(low_discrepancy).mean(1)
