@@ -1,6 +1,6 @@
 """The whole family on one data set, with the same budget: VAE, hierarchical VAE (2, 4 layers), VDM, VAE with a VDM prior.
 
-Every model is trained by its own bound for the same time on one core, by the digits recipe's optimiser, batch and averaging of weights.
+Every model is trained by its own bound for the same time on one core, by its recipe's optimiser, batch and averaging of weights.
 Time is the processor's (on an accelerator the clock's), so that other work on the machine counts little. At every tenth of the budget the averaged weights are
 looked at on images held out of training, and the best are kept: no model loses by a budget that is too long for it. The result is
 bits/dim on the test split. `--models` also knows VDMs whose networks predict the data, the noise, or the score, all with ELBO weighting.
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 from checkpoints import write_json
-from config import DIGITS_RECIPE, Arguments, parse_arguments
+from config import DIGITS_RECIPE, RECIPES, Arguments, parse_arguments
 from data import ImageSet, default_test_split, load_split, load_splits
 from diffusion import DiffusionTask, Rows, make_scheduler
 from ema import ema_decay
@@ -63,23 +63,11 @@ Loss = Callable[[Tensor, int], Tensor]  # integer images and the step -> (B,) bi
 
 
 def arguments(name: str, dataset_name: str | None, small: bool) -> Arguments:
-    """What `train.py` would be given: the digits recipe, with what the model and larger images need."""
-    tokens = ["--config", str(DIGITS_RECIPE)]
+    """What `train.py` would be given: the recipe of the digits, or for larger images MNIST's, with what the model needs."""
+    tokens = ["--config", str(DIGITS_RECIPE if small else RECIPES / "mnist.yaml")]
     if dataset_name is not None:
         tokens += ["--dataset_name", dataset_name, "--image_mode", "L"]
     if not small:
-        tokens += [
-            "--log_snr_max",
-            "13.3",
-            "--log_snr_table",
-            "13.3",
-            "-5",
-            "--fourier_exponents",
-            "7",
-            "8",
-            "--hidden_channels",
-            "32",
-        ]
         tokens += ["--block_out_channels", "32", "64", "64"]
     kind = name.rstrip("0123456789")
     if kind in ("vae", "hvae"):
