@@ -131,7 +131,8 @@ def test_importance_weighted_ddpm_chain_with_one_sample_is_the_discrete_bound():
         ({"method": "ode", "divergence": "guess"}, "`divergence` must be"),
         ({"method": "ode", "num_levels": None, "dequantization": "uniform"}, "not dequantized"),
         ({"method": "ode", "num_steps": 10}, "belongs to method='discrete'"),
-        ({"method": "ode", "target_standard_error": 0.1}, "belongs to methods"),
+        ({"method": "ode", "target_standard_error": 0.0}, "must be positive, got 0.0"),
+        ({"method": "importance_weighted", "num_steps": 9, "max_model_evaluations": 100}, "144 x 2 = 288, got 100"),
         ({"method": "importance_weighted", "num_samples": 1}, "two independent bounds"),
         ({"num_levels": 256}, "integers 0..255, got torch.float32"),
     ],
@@ -144,14 +145,41 @@ def test_refusals(kwargs, message):
         evaluate(data.as_model(s.log_snr), levels, scheduler=s, **kwargs)
 
 
-def test_an_evaluation_that_was_cut_off_goes_on(tmp_path):
+METHODS = {  # the model's evaluations are whole multiples of the images
+    "continuous": {"num_samples": 16},
+    "discrete": {"num_steps": 30, "num_samples": 16},
+    "importance_weighted": {"num_steps": 6, "num_samples": 4},
+    "ode": {"num_samples": 4, "tolerance": 1e-2},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_on_to_its_target_and_stops_at_its_limit(method):
+    data, x = mixture(count=10)
+    s = log_snr_scheduler()
+    model = Differentiable(data, s)
+    kwargs = {"scheduler": s, "method": method, "num_levels": None} | METHODS[method]
+    first = evaluate(model, x, **kwargs)
+    target = first.standard_error / 1.5
+    further = evaluate(model, x, **kwargs, target_standard_error=target)
+    assert 0.3 * target < further.standard_error <= target
+    assert further.num_model_evaluations > first.num_model_evaluations
+    difference = math.hypot(first.standard_error, further.standard_error)
+    assert abs(further.bits_per_dim - first.bits_per_dim) < 5 * difference
+    limit = int(1.6 * first.num_model_evaluations)
+    limited = evaluate(model, x, **kwargs, target_standard_error=target / 100, max_model_evaluations=limit)
+    assert first.num_model_evaluations < limited.num_model_evaluations <= limit
+    assert len(limited.nats) == 10 and bool(limited.nats.isfinite().all())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_evaluation_that_was_cut_off_goes_on(method, tmp_path):
     data, x = mixture(count=40)
-    levels = decode_pixels(x)
     s = log_snr_scheduler()
     calls = []
 
     def model(fail_after):
-        exact = data.as_model(s.log_snr)
+        exact = Differentiable(data, s)
 
         def call(sample, timestep):
             calls.append(len(sample))
@@ -161,39 +189,49 @@ def test_an_evaluation_that_was_cut_off_goes_on(tmp_path):
 
         return call
 
-    kwargs = {"scheduler": s, "batch_size": 64, "resume_dir": tmp_path, "generator": None}
+    kwargs = {"scheduler": s, "batch_size": 32, "resume_dir": tmp_path, "generator": None, "num_levels": None}
+    kwargs |= {"method": method} | METHODS[method]
+    whole = evaluate(model(10**6), x, **(kwargs | {"resume_dir": tmp_path / "other"}))
+    evaluations, number = sum(calls), len(calls)
+    assert evaluations == whole.num_model_evaluations
+    calls.clear()
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model(6), levels, **kwargs)
+        evaluate(model(2 * number // 3), x, **kwargs)
     calls.clear()
-    resumed = evaluate(model(1000), levels, **kwargs)
-    assert sum(calls) < 40 * 16 - 4 * 32
+    resumed = evaluate(model(10**6), x, **kwargs)
+    assert 0 < sum(calls) < 0.7 * evaluations
+    assert torch.equal(whole.nats, resumed.nats) and whole.standard_error == resumed.standard_error
     calls.clear()
-    whole = evaluate(model(1000), levels, **(kwargs | {"resume_dir": tmp_path / "other"}))
-    assert sum(calls) == 40 * 16 and torch.equal(whole.nats, resumed.nats)
+    further = evaluate(model(10**6), x, **kwargs, target_standard_error=whole.standard_error / 1.1)
+    assert sum(calls) == further.num_model_evaluations - evaluations > 0
     calls.clear()
-    assert evaluate(model(1000), levels.flip(0), **kwargs).num_model_evaluations == sum(calls) == 40 * 16
+    assert evaluate(model(10**6), x.flip(0), **kwargs).num_model_evaluations == sum(calls)
+    calls.clear()
+    assert evaluate(model(10**6), x, **(kwargs | {"batch_size": 50})).num_model_evaluations == sum(calls)
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_images(tmp_path):
+def test_two_processes_share_the_images_by_every_method(tmp_path):
     script = tmp_path / "evaluate.py"
     script.write_text(
         """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from test_likelihood_methods import mixture, log_snr_scheduler, evaluate
-from vdm_diffusers.decoders import decode_pixels
+from test_likelihood_methods import METHODS, Differentiable, mixture, log_snr_scheduler, evaluate
 from accelerate import Accelerator
 accelerator = Accelerator(cpu=True) if len(sys.argv) > 2 else None
 assert accelerator is None or accelerator.num_processes == 2
-data, x = mixture(count=40)
+data, x = mixture(count=41)
 s = log_snr_scheduler()
-exact, calls = data.as_model(s.log_snr), []
+exact, calls = Differentiable(data, s), []
 def model(sample, timestep):
     calls.append(len(sample))
     return exact(sample, timestep)
-report = evaluate(model, decode_pixels(x), scheduler=s, batch_size=64, accelerator=accelerator)
-print("result", sum(calls), report.num_model_evaluations, repr(report.bits_per_dim), repr(report.standard_error), flush=True)
+for method, kwargs in METHODS.items():
+    calls.clear()
+    r = evaluate(model, x, scheduler=s, method=method, num_levels=None, batch_size=32, accelerator=accelerator, **kwargs)
+    assert len(r.nats) == 41
+    print("result", sum(calls), r.num_model_evaluations, repr(float(r.nats.sum())), repr(r.standard_error), flush=True)
 """
     )
     tests = str(Path(__file__).parent)
@@ -201,7 +239,7 @@ print("result", sum(calls), report.num_model_evaluations, repr(report.bits_per_d
         [sys.executable, *command],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     alone = run(str(script), tests)
@@ -209,6 +247,7 @@ print("result", sum(calls), report.num_model_evaluations, repr(report.bits_per_d
         "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29561", str(script), tests, "shared"
     )
     rows = [[line.split()[1:] for line in r.stdout.splitlines() if line.startswith("result")] for r in (alone, shared)]
-    assert len(rows[0]) == 1 and len(rows[1]) == 2, alone.stderr + shared.stderr
-    assert rows[1][0][1:] == rows[1][1][1:] == rows[0][0][1:]
-    assert 0 < int(rows[1][0][0]) < 640 and int(rows[1][0][0]) + int(rows[1][1][0]) == 640
+    assert len(rows[0]) == len(METHODS) and len(rows[1]) == 2 * len(METHODS), alone.stderr + shared.stderr
+    for own, *rest in rows[0]:
+        shares = [int(row[0]) for row in rows[1] if row[1:] == rest]  # both processes got one process's report
+        assert len(shares) == 2 and 0 < shares[0] and sum(shares) == int(own) == int(rest[0])

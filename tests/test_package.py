@@ -35,6 +35,7 @@ CORE = [
     "objectives",
     "reverse_variance",
     "learned_variance",
+    "repetitions",
     "likelihood",
     "latent_evaluation",
 ]

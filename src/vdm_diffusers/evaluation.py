@@ -132,15 +132,16 @@ def evaluate_likelihood(
         variance_reduction: learn from the first evaluations where further ones are worth most, and use control variates. False:
             the plain stratified average, in which images do not touch each other.
         target_standard_error: bits/dim; go on beyond `num_samples` until `standard_error` is at most this.
-        max_model_evaluations: in all; where to stop whether or not the target is reached.
+        max_model_evaluations: in all; where to stop whether or not the target is reached. (For the ODE, whose cost shows only as it
+            runs, two trajectories an image come first, and as many of the others as should fit.)
         dequantization: for the ODE: `"none"` (the noise of `z_0` and the softmax decoder), `"uniform"` or `"truncated_normal"`; all give
             bounds on the flow's -ln p of the integers. See `vdm_diffusers.probability_flow`.
         divergence: for the ODE: `"hutchinson"` (one fixed probe a trajectory, unbiased) or `"exact"` (D backward passes a step).
         tolerance: of the ODE's solver, relative and absolute.
         resume_dir: a folder for partial results: an evaluation with the same arguments, images and weights that was cut off goes
-            on from there. Without `generator` the seed is then 0. For `"continuous"` and `"discrete"`.
-        accelerator: an `accelerate.Accelerator`, whose processes share the work of the same two methods: each evaluates a part of the images
-            and all get the same report. Images and arguments must be the same everywhere; the figure is that of one process.
+            on from there, with another target or limit too. Without `generator` the seed is then 0.
+        accelerator: an `accelerate.Accelerator`, whose processes share the work, batch by batch, and all get the same report. Images
+            and arguments must be the same everywhere; the figure is that of one process.
 
     Returns:
         [`LikelihoodReport`]: `bits_per_dim`, `standard_error` (of the estimate, for these images), `sampling_error` (between images),
@@ -175,15 +176,6 @@ def evaluate_likelihood(
     for name, value in chain_only.items():
         if value is not None and not is_chain:
             raise ValueError(f"`{name}` belongs to method='discrete', got {value} with method={method!r}.")
-    bounds_only: dict[str, Any] = {
-        "target_standard_error": target_standard_error,
-        "max_model_evaluations": max_model_evaluations,
-        "resume_dir": resume_dir,
-        "accelerator": accelerator,
-    }
-    for name, value in bounds_only.items():
-        if value is not None and method not in ("continuous", "discrete"):
-            raise ValueError(f"`{name}` belongs to methods 'continuous' and 'discrete', got method={method!r}.")
     schedule = chain.noise_schedule
     kind = _reverse_variance(variance_type or chain.config.variance_type, is_chain, num_steps, chain)
     term: DiffusionTerm | None = None
@@ -204,7 +196,7 @@ def evaluate_likelihood(
     levels, denoiser, device, batch_size = _prepare(
         network, chain, images, class_labels, num_levels, pixel_encoding, model_kwargs, batch_size, learned, clip_denoised
     )  # fmt: skip
-    settings = {
+    settings: dict[str, Any] = {
         "num_steps": term.num_steps + isinstance(decoder, GaussianDecoder) if isinstance(term, DiscreteTerm) else None,
         "num_samples": num_samples,
         "num_levels": num_levels,
@@ -226,50 +218,32 @@ def evaluate_likelihood(
         torch.no_grad(),
         tqdm(total=len(levels) * per_image, disable=not progress_bar or _rank_and_size(accelerator)[0] > 0) as bar,
     ):
-        common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "device": device, "progress": bar.update}
+        own: dict[str, Any] = {}  # that the figure depends on besides the settings
         if method == "ode":
-            report = evaluate_flow(
-                denoiser,
-                levels,
-                schedule.log_snr_max,
-                schedule.log_snr_min,
-                num_samples=num_samples,
-                dequantization=dequantization,
-                divergence=divergence,
-                rtol=tolerance,
-                atol=tolerance,
-                **common,
-            )
-        elif method == "importance_weighted":
-            report = evaluate_importance_weighted(
-                denoiser,
-                levels,
-                cast(DiscreteTerm, term),
-                decoder,
-                schedule.log_snr_min,
-                num_samples=num_samples,
-                **common,
-            )
+            own = {"dequantization": dequantization, "divergence": divergence, "rtol": tolerance, "atol": tolerance}
+        elif method != "importance_weighted":
+            own = {"variance_reduction": variance_reduction}
+        folder = None
+        if resume_dir is not None:
+            identity = settings | own | {"method": method, "batch_size": batch_size, "seed": seed}
+            folder = _resume_folder(Path(resume_dir), network, denoiser, levels, identity, term, decoder)
+        common: dict[str, Any] = {
+            "num_samples": num_samples,
+            "batch_size": batch_size,
+            "seed": seed,
+            "device": device,
+            "target_standard_error": target_standard_error,
+            "max_model_evaluations": max_model_evaluations,
+            "progress": bar.update,
+            "runner": partial(_run_shared, folder, accelerator),
+        } | own
+        if method == "ode":
+            report = evaluate_flow(denoiser, levels, schedule.log_snr_max, schedule.log_snr_min, **common)
         else:
-            settings["variance_reduction"] = variance_reduction
-            folder = (
-                None
-                if resume_dir is None
-                else _resume_folder(Path(resume_dir), network, denoiser, levels, settings, seed, term)
-            )
-            report = evaluate_bound(
-                denoiser,
-                levels,
-                cast(DiffusionTerm, term),
-                decoder,
-                schedule.log_snr_min,
-                num_samples=num_samples,
-                variance_reduction=variance_reduction,
-                target_standard_error=target_standard_error,
-                max_model_evaluations=max_model_evaluations,
-                runner=partial(_run_shared, folder, accelerator),
-                **common,
-            )
+            estimator = evaluate_importance_weighted if method == "importance_weighted" else evaluate_bound
+            report = estimator(denoiser, levels, cast(Any, term), decoder, schedule.log_snr_min, **common)
+    if "variance_reduction" in own:
+        settings["variance_reduction"] = variance_reduction
     report.settings.update(settings)
     return report
 
@@ -653,12 +627,12 @@ def _resume_folder(
     network: Callable[..., Any],
     model: DenoisingModel,
     levels: Tensor,
-    settings: dict[str, Any],
-    seed: int,
+    identity: dict[str, Any],
     term: DiffusionTerm | None,
+    decoder: Decoder,
 ) -> Path:
     """A folder that only an evaluation of the same weights, images and settings finds again."""
-    digest = hashlib.sha256(repr((sorted(settings.items()), seed, tuple(levels.shape))).encode())
+    digest = hashlib.sha256(repr((sorted(identity.items()), decoder, tuple(levels.shape))).encode())
     tensors = [levels, *(network.state_dict().values() if isinstance(network, nn.Module) else ())]
     if isinstance(model.predict, _Predictor):
         tensors += [value for _, value in sorted(model.predict.per_image.items())]

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .elbo import Bound, bits_per_dim
+from .elbo import Bound
 from .likelihood import LikelihoodReport
+from .repetitions import Budget, Runner, mix_seed, repeat, run_all
 
 
 class BoundTerms(Protocol):
@@ -31,7 +32,10 @@ def evaluate_latent_likelihood(
     num_repeats: int = 16,
     batch_size: int = 256,
     seed: int = 0,
+    target_standard_error: float | None = None,
+    max_model_evaluations: int | None = None,
     progress: Callable[[int], object] | None = None,
+    runner: Runner = run_all,
 ) -> LikelihoodReport:
     """The bound on -ln p of integer images, averaged over `num_repeats` independent passes, whose scatter is its error.
 
@@ -43,7 +47,9 @@ def evaluate_latent_likelihood(
         num_repeats: passes over the images, at least 2.
         batch_size: images at a time. (Models that stratify their times do so over a batch, which changes the error a little.)
         seed: of the noise.
+        target_standard_error, max_model_evaluations: see `evaluate_likelihood`.
         progress: called with the number of images done, after every batch.
+        runner: see `vdm_diffusers.repetitions`.
     Returns:
         `LikelihoodReport` with the method "elbo" or "importance_weighted"; the latter has no terms.
     Raises:
@@ -54,43 +60,51 @@ def evaluate_latent_likelihood(
     if num_repeats < 2:
         raise ValueError(f"`num_repeats` must be at least 2 for an error bar, got {num_repeats}.")
     num_dims = levels[0].numel()
-    totals: list[Tensor] = []
-    terms = torch.zeros(3, len(levels), dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
+
+    def draw(images: Tensor, repetitions: Tensor) -> Tensor:
+        parts = []
+        for repetition in repetitions.unique().tolist():
+            rows = images[repetitions == repetition]
+            generator = torch.Generator().manual_seed(mix_seed(seed, "pass", repetition, int(rows[0])))
+            if importance_weighted_bound is None:
+                found = bound(levels[rows], generator=generator)
+                values = [found.nats, found.terms.prior, found.terms.diffusion, found.terms.reconstruction]
+            else:
+                values = [importance_weighted_bound(levels[rows], importance_samples, generator=generator)]
+            evaluations = torch.full((len(rows),), importance_samples)
+            parts.append(torch.stack([evaluations.double(), *(value.double().cpu() for value in values)]))
+            if progress is not None:
+                progress(len(rows))
+        return torch.cat(parts, dim=1)
+
     with torch.no_grad():
-        for _ in range(num_repeats):
-            parts = []
-            for start, batch in enumerate(levels.split(batch_size)):
-                rows = slice(start * batch_size, start * batch_size + len(batch))
-                if importance_weighted_bound is None:
-                    found = bound(batch, generator=generator)
-                    parts.append(found.nats.double().cpu())
-                    three = (found.terms.prior, found.terms.diffusion, found.terms.reconstruction)
-                    terms[:, rows] += torch.stack([term.double().cpu() for term in three]) / num_repeats
-                else:
-                    parts.append(
-                        importance_weighted_bound(batch, importance_samples, generator=generator).double().cpu()
-                    )
-                if progress is not None:
-                    progress(len(batch))
-            totals.append(torch.cat(parts))
-    nats = torch.stack(totals)
+        found = repeat(
+            draw,
+            len(levels),
+            num_dims,
+            num_repeats,
+            batch_size=batch_size,
+            budget=Budget(target_standard_error, max_model_evaluations),
+            cost=importance_samples,
+            runner=runner,
+            separate_images=False,
+        )
+    nats, *terms = found.values
     if not bool(nats.isfinite().all()):
         raise ValueError("the bound is not finite: a diverged training, or levels that the model was not trained on.")
-    settings: dict[str, Any] = {"num_repeats": num_repeats, "seed": seed}
+    settings: dict[str, Any] = {"num_repeats": found.number, "seed": seed}
     if importance_weighted_bound is not None:
         settings["importance_samples"] = importance_samples
-    error = bits_per_dim(nats.mean(1).std() / num_repeats**0.5, num_dims)
     elbo = importance_weighted_bound is None
     return LikelihoodReport(
         method="elbo" if elbo else "importance_weighted",
-        nats=nats.mean(0),
+        nats=nats,
         prior=terms[0] if elbo else None,
         diffusion=terms[1] if elbo else None,
         reconstruction=terms[2] if elbo else None,
         num_dims=num_dims,
-        standard_error=float(error),
+        standard_error=found.standard_error,
         is_bound=True,
-        num_model_evaluations=num_repeats * importance_samples,
+        num_model_evaluations=found.num_model_evaluations,
         settings=settings,
     )

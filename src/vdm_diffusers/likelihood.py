@@ -16,10 +16,9 @@ Everything here is in torch alone. `vdm_diffusers.evaluate_likelihood` adapts pi
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeGuard
@@ -27,18 +26,20 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor
 
-from .control_variates import NUM_FEATURES, Surrogate, WienerDenoiser, gauss_legendre, hat_weights
+from .control_variates import Controls, PixelDenoiser, Surrogate, WienerDenoiser, gauss_legendre, hat_weights
 from .decoders import (
     PixelEncoding,
     bin_width,
     discretized_gaussian_log_likelihood,
     encode_pixels,
+    level_values,
     softmax_log_likelihood,
 )
 from .elbo import discrete_weight_x, prior_kl
 from .gaussian import alpha_sigma, diffuse, posterior_coefficients
 from .numerics import as_float64, expand_to, sum_except_batch
 from .prediction import PredictionType, convert, loss_weight_ratio, prediction_target
+from .repetitions import Budget, Runner, mix_seed, repeat, run_all
 from .reverse_variance import (
     OptimalVariance,
     ReverseVariance,
@@ -250,6 +251,10 @@ class DiffusionTerm(ABC):
         """Log SNR of z_t at a site."""
 
     @abstractmethod
+    def log_snr_range(self) -> tuple[float, float]:
+        """The highest and the lowest log SNR."""
+
+    @abstractmethod
     def nats(self, site: Tensor, square: Tensor, to_x: Tensor, variance: Tensor | None) -> Tensor:
         """The integrand: (M,) nats, from the squared error (M, C, ...) and its factor (see `squared_error`)."""
 
@@ -296,6 +301,9 @@ class ContinuousTerm(DiffusionTerm):
 
     def log_snr(self, site: Tensor) -> Tensor:
         return site
+
+    def log_snr_range(self) -> tuple[float, float]:
+        return self.log_snr_max, self.log_snr_min
 
     def nats(self, site: Tensor, square: Tensor, to_x: Tensor, variance: Tensor | None) -> Tensor:
         return 0.5 * site.exp() * to_x * sum64(square)
@@ -344,6 +352,9 @@ class DiscreteTerm(DiffusionTerm):
 
     def log_snr(self, site: Tensor) -> Tensor:
         return self.grid[site.long()]
+
+    def log_snr_range(self) -> tuple[float, float]:
+        return float(self.grid[0]), float(self.grid[-1])
 
     def quadrature(self, knots: Tensor) -> tuple[Tensor, Tensor]:
         sites = torch.arange(1.0, self.num_steps + 1, dtype=torch.float64)
@@ -565,7 +576,7 @@ class _Round:
     inverse_density: Tensor
     log_snr: Tensor
     nats: Tensor
-    features: Tensor  # (N, n, 4)
+    features: Tensor  # (N, n, F)
 
 
 @dataclass(frozen=True, eq=False)
@@ -576,7 +587,7 @@ class _Problem:
     levels: Tensor
     term: DiffusionTerm
     decoder: Decoder
-    wiener: WienerDenoiser
+    controls: Controls
     batch_size: int
     seed: int
     device: torch.device
@@ -593,17 +604,14 @@ class _Problem:
     def num_dims(self) -> int:
         return self.levels[0].numel()
 
+    @property
+    def no_surrogate(self) -> Surrogate:
+        return Surrogate(
+            torch.zeros(1, dtype=torch.float64), torch.zeros(1, self.controls.num_features, dtype=torch.float64)
+        )
+
     def encode(self, rows: Tensor | slice) -> Tensor:
         return self.model.encode(self.levels[rows])
-
-
-Runner = Callable[[Sequence[tuple[str, Callable[[], Tensor]]]], list[Tensor]]
-"""Runs named pieces of work and returns their results in order. Others than the plain one share the work, or keep the results."""
-
-
-def run_all(work: Sequence[tuple[str, Callable[[], Tensor]]]) -> list[Tensor]:
-    """The plain runner: everything, here and now."""
-    return [compute() for _, compute in work]
 
 
 def evaluate_bound(
@@ -648,21 +656,16 @@ def evaluate_bound(
         ValueError: no images, too few samples, levels outside the range, a network whose output does not fit.
     """
     model.check(levels)
-    if target_standard_error is not None and not target_standard_error > 0:
-        raise ValueError(f"`target_standard_error` must be positive, got {target_standard_error}.")
     count = len(levels)
-    if max_model_evaluations is not None and max_model_evaluations < num_samples * count:
-        raise ValueError(
-            f"`max_model_evaluations` must allow `num_samples` for each image, {num_samples} x {count} = {num_samples * count}, got "
-            f"{max_model_evaluations}."
-        )
+    budget = Budget(target_standard_error, max_model_evaluations)
+    budget.check(num_samples * count, f"{num_samples} x {count}")
     some = torch.linspace(0, count - 1, min(count, 4096)).round().long()
     problem = _Problem(
         model=model,
         levels=levels,
         term=term,
         decoder=decoder,
-        wiener=WienerDenoiser.fit(model.encode(levels[some])),
+        controls=_fit_controls(model, levels[some], term),
         batch_size=batch_size,
         seed=seed,
         device=torch.device(device),
@@ -672,27 +675,21 @@ def evaluate_bound(
     )
     rounds: list[_Round] = []
     profile = None
-    for size in _round_sizes(count, num_samples, term, decoder, variance_reduction):
-        rounds.append(_evaluate(problem, size, profile, len(rounds)))
-        if variance_reduction:
-            profile = _learned_profile(problem, rounds)
-    estimate = _estimate(problem, rounds, variance_reduction)
     scale = problem.num_dims * math.log(2) * count
-    while target_standard_error is not None and math.sqrt(estimate.variance) / scale > target_standard_error:
-        done = sum(r.nats.shape[1] for r in rounds)
-        # as many as the present error asks for, but no more than there are already: the error is itself an estimate
-        ratio = (math.sqrt(estimate.variance) / scale / target_standard_error) ** 2
-        size = max(2 * _fewest_samples(decoder), math.ceil(done * min(1.0, 1.1 * ratio - 1)))
-        if isinstance(term, DiscreteTerm) and rounds[0].layout.whole_sums:
-            size = math.ceil(size / rounds[0].nats.shape[1]) * rounds[0].nats.shape[1]
-        if max_model_evaluations is not None:
-            size = min(size, max_model_evaluations // count - done)
-            if size < 2 * _fewest_samples(decoder):
-                break
-        rounds.append(_evaluate(problem, size, profile, len(rounds)))
+    sizes = _round_sizes(count, num_samples, term, decoder, variance_reduction)
+    least = 2 * _fewest_samples(decoder)
+    if _whole_sums(term, decoder, num_samples):
+        least = term.num_steps + _fewest_samples(decoder) - 1
+    while sizes:
+        rounds.append(_evaluate(problem, sizes.pop(0), profile, rounds))
         if variance_reduction:
             profile = _learned_profile(problem, rounds)
+        if sizes:
+            continue
         estimate = _estimate(problem, rounds, variance_reduction)
+        done = sum(r.nats.shape[1] for r in rounds)
+        size = budget.next_round(math.sqrt(estimate.variance) / scale, done, done * count, least)
+        sizes = [size] if size > 0 else []
 
     prior = torch.cat(
         [prior_kl(problem.encode(part), prior_log_snr) for part in torch.arange(count).split(1024)]
@@ -712,6 +709,17 @@ def evaluate_bound(
         num_model_evaluations=count * sum(r.nats.shape[1] for r in rounds),
         loss_curve=problem.curve.to_dict(problem.num_dims),
     )
+
+
+def _fit_controls(model: DenoisingModel, levels: Tensor, term: DiffusionTerm) -> Controls:
+    """The cheap denoisers, fitted to images."""
+    wiener = WienerDenoiser.fit(model.encode(levels))
+    if model.num_levels is None:
+        return Controls(wiener, None)
+    values = level_values(model.num_levels, model.pixel_encoding)
+    counts = levels.flatten().long().bincount(minlength=model.num_levels)
+    ends = term.log_snr_range()
+    return Controls(wiener, PixelDenoiser.fit(values, counts, *ends))
 
 
 def _fewest_samples(decoder: Decoder) -> int:
@@ -735,9 +743,9 @@ def _round_sizes(count: int, num_samples: int, term: DiffusionTerm, decoder: Dec
     return [pilot, num_samples - pilot]
 
 
-def _evaluate(problem: _Problem, num_samples: int, profile: Profile | None, number: int) -> _Round:
+def _evaluate(problem: _Problem, num_samples: int, profile: Profile | None, before: list[_Round]) -> _Round:
     """A round: `num_samples` further evaluations of every image."""
-    count, term = len(problem.levels), problem.term
+    count, term, number = len(problem.levels), problem.term, len(before)
     share = 0.125 if profile is None else profile.decoder_share
     layout = _Layout.of(count, num_samples, term, problem.decoder, share)
     groups = torch.arange(count).split(_group_size(count))
@@ -753,23 +761,23 @@ def _evaluate(problem: _Problem, num_samples: int, profile: Profile | None, numb
         log_snr = torch.where(layout.is_decoder, problem.decoder.log_snr_1, log_snr)
     per_block = max(1, problem.batch_size // num_samples)  # a block is what a runner runs or keeps
     blocks = torch.arange(count).split(per_block)
+    sizes = "-".join(str(n) for n in (*(r.nats.shape[1] for r in before), num_samples))
     work = [
-        (f"{number}-{i}", partial(_evaluate_block, problem, layout, rows, site, log_snr, number))
+        (f"{sizes}-{i}", partial(_evaluate_block, problem, layout, rows, site, log_snr, number))
         for i, rows in enumerate(blocks)
     ]
-    nats, loss, expected, noise, wiener = torch.cat(problem.runner(work), dim=1)
+    nats, loss, *features = torch.cat(problem.runner(work), dim=1)
     problem.curve.add(log_snr, loss)
-    features = torch.stack([torch.full_like(nats, problem.num_dims), expected, noise, wiener], dim=-1)
-    return _Round(layout, site, inverse_density, log_snr, nats, features)
+    return _Round(layout, site, inverse_density, log_snr, nats, torch.stack(features, dim=-1))
 
 
 def _evaluate_block(
     problem: _Problem, layout: _Layout, rows: Tensor, site: Tensor, log_snr: Tensor, number: int
 ) -> Tensor:
-    """(5, m, n) of the images `rows`: nats, |eps - eps_hat|^2, E[Wiener loss], |eps|^2 - D, Wiener loss - E[Wiener loss]."""
+    """(2 + F, m, n) of the images `rows`: nats, |eps - eps_hat|^2, and the features of the surrogate."""
     n = site.shape[1]
     model, decoder, device = problem.model, problem.decoder, problem.device
-    result = torch.empty(5, len(rows), n, dtype=torch.float64)
+    result = torch.empty(2 + problem.controls.num_features, len(rows), n, dtype=torch.float64)
     for flat in torch.arange(len(rows) * n).split(problem.batch_size):
         row, column = flat // n, flat % n
         index = rows[row]
@@ -789,12 +797,8 @@ def _evaluate_block(
                 model.denoised(value[mine], z_t[mine], ell[own]),
                 None if variance is None else variance[mine],
             ).to("cpu", torch.float64)
-        directions = problem.wiener.directions(noise)
-        loss, expected = problem.wiener.loss(problem.wiener.deviations(x), directions, ell)
-        excess = sum64(directions**2) - problem.num_dims
-        result[:, row, column] = torch.stack(
-            [nats, ell.exp() * to_x * sum64(square), expected, excess, loss - expected]
-        )
+        features = problem.controls.features(x, k, noise, z_t, ell)
+        result[:, row, column] = torch.cat([torch.stack([nats, ell.exp() * to_x * sum64(square)]), features])
         if problem.progress is not None:
             problem.progress(len(flat))
     return result
@@ -842,7 +846,8 @@ def _records(problem: _Problem, rounds: list[_Round], fold: int | None, of_decod
     log_snr, features, loss, weight, image = (torch.cat(values) for values in zip(*parts, strict=True))
     if of_decoder:
         # one site for all: what an image's evaluations have in common is no business of the controls
-        features = torch.cat([torch.zeros_like(features[:, :2]), features[:, 2:]], dim=1)
+        means = problem.controls.num_means
+        features = torch.cat([torch.zeros_like(features[:, :means]), features[:, means:]], dim=1)
         both = torch.cat([loss[:, None], features], dim=1)
         sums = torch.zeros(len(problem.levels), both.shape[1], dtype=torch.float64).index_add_(0, image, both)
         both = both - (sums / image.bincount(minlength=len(sums)).clamp(min=1)[:, None])[image]
@@ -856,9 +861,9 @@ def _records(problem: _Problem, rounds: list[_Round], fold: int | None, of_decod
 def _fit(problem: _Problem, rounds: list[_Round], fold: int | None, of_decoder: bool) -> Surrogate:
     """The surrogate fitted to one fold; of zeros if there is too little to fit to."""
     log_snr, features, loss, weight = _records(problem, rounds, fold, of_decoder)
-    if len(loss) < 4 * NUM_FEATURES:
-        return Surrogate(torch.zeros(1, dtype=torch.float64), torch.zeros(1, NUM_FEATURES, dtype=torch.float64))
-    number = 1 if of_decoder else max(1, min(_KNOTS, len(loss) // (6 * NUM_FEATURES)))
+    if len(loss) < 4 * problem.controls.num_features:
+        return problem.no_surrogate
+    number = 1 if of_decoder else max(1, min(_KNOTS, len(loss) // (6 * problem.controls.num_features)))
     knots = torch.linspace(float(log_snr.min()), float(log_snr.max()), number, dtype=torch.float64)
     if number > 1 and not bool((knots.diff() > 0).all()):
         knots = knots[:1]
@@ -896,9 +901,8 @@ def _learned_profile(problem: _Problem, rounds: list[_Round]) -> Profile:
 def _estimate(problem: _Problem, rounds: list[_Round], variance_reduction: bool) -> _Estimate:
     """What all rounds together say of every image, and the variance of their sum."""
     count, num_dims = len(problem.levels), problem.num_dims
-    zero = Surrogate(torch.zeros(1, dtype=torch.float64), torch.zeros(1, NUM_FEATURES, dtype=torch.float64))
     surrogates = {
-        (fold, own): _fit(problem, rounds, 1 - fold, own) if variance_reduction else zero
+        (fold, own): _fit(problem, rounds, 1 - fold, own) if variance_reduction else problem.no_surrogate
         for fold in (0, 1)
         for own in ((False, True) if isinstance(problem.decoder, GaussianDecoder) else (False,))
     }
@@ -913,7 +917,7 @@ def _estimate(problem: _Problem, rounds: list[_Round], variance_reduction: bool)
             coefficients, features = surrogate.at(r.log_snr[chosen]), r.features[chosen]
             surrogate_loss = (coefficients * features).sum(-1)
             if own:
-                rest[chosen] = r.nats[chosen] - surrogate_loss  # whose two mean coefficients are zero
+                rest[chosen] = r.nats[chosen] - surrogate_loss  # whose coefficients of means are zero
             else:
                 site = r.site[chosen]
                 reference = problem.term.constant(site, num_dims) + problem.term.scale(site) * surrogate_loss
@@ -945,18 +949,11 @@ def _known_part(problem: _Problem, surrogate: Surrogate) -> Tensor:
     term = problem.term
     site, weight = term.quadrature(surrogate.knots)
     log_snr = term.log_snr(site)
-    scale = weight * term.scale(site)
-    coefficients = surrogate.at(log_snr)
-    total = (weight * term.constant(site, problem.num_dims)).sum() + (
-        scale * coefficients[:, 0]
-    ).sum() * problem.num_dims
-    offset, vector = problem.wiener.expected_sum(log_snr, scale * coefficients[:, 1])
+    coefficients = (weight * term.scale(site))[:, None] * surrogate.at(log_snr)[:, : problem.controls.num_means]
+    constant = (weight * term.constant(site, problem.num_dims)).sum()
     parts = torch.arange(len(problem.levels)).split(1024)
-    return (
-        total
-        + offset
-        + torch.cat([problem.wiener.deviations(problem.encode(p).double()) ** 2 @ vector for p in parts])
-    )
+    sums = [problem.controls.known_sum(problem.encode(p), problem.levels[p], log_snr, coefficients) for p in parts]
+    return constant + torch.cat(sums)
 
 
 def _replicate_means(nats: Tensor, layout: _Layout, of_decoder: bool) -> Tensor:
@@ -1030,15 +1027,20 @@ def evaluate_importance_weighted(
     batch_size: int = 256,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    target_standard_error: float | None = None,
+    max_model_evaluations: int | None = None,
     progress: Callable[[int], object] | None = None,
+    runner: Runner = run_all,
 ) -> LikelihoodReport:
     """The K-sample bound -ln p(x) <= -E ln 1/K sum_k w_k, w = p(x, z_0..z_T) / q(z_0..z_T | x), over the whole chain.
 
     Chains are drawn backwards, z_T from q(z_T | x), then q(z_s | z_t, x), and every step adds its sampled log ratio. Two independent bounds of
-    K = num_samples // 2 chains give the error. For K = 1 it is the discrete bound; it falls as K grows.
+    K = num_samples // 2 chains give the error, and further ones of the same K make it smaller. For K = 1 it is the discrete bound; it
+    falls as K grows. Every chain has noise of its own, whatever its batch.
 
+    Arguments: as of `evaluate_bound`.
     Raises:
-        ValueError: fewer than two samples, data or outputs that do not fit.
+        ValueError: fewer than two samples, a budget that does not allow them, data or outputs that do not fit.
     Source: Burda et al. 2016, "Importance weighted autoencoders", equation 8.
     """
     model.check(levels)
@@ -1046,38 +1048,44 @@ def evaluate_importance_weighted(
         raise ValueError(
             f"`num_samples` must be at least 2, got {num_samples}: the error bar comes from two independent bounds."
         )
-    samples, count, num_dims = num_samples // 2, len(levels), levels[0].numel()
-    # rows of at most batch_size chains of one image and one of its two bounds, each with a generator of its own
-    parts = [(image, r, part) for image in range(count) for r in range(2) for part in range(0, samples, batch_size)]
-    sizes = [min(batch_size, samples - part) for _, _, part in parts]
-    log_weights = torch.full((count, 2, samples), math.nan, dtype=torch.float64)
-    first = 0
-    while first < len(parts):
-        last, total = first, 0
-        while last < len(parts) and (last == first or total + sizes[last] <= batch_size):
-            total, last = total + sizes[last], last + 1
-        mine, lengths = parts[first:last], sizes[first:last]
-        generators = [torch.Generator().manual_seed(mix_seed(seed, "chain", *part)) for part in mine]
-        index = torch.repeat_interleave(torch.tensor([image for image, _, _ in mine]), torch.tensor(lengths))
-        values = _chain_log_weights(
-            model, levels, term, decoder, prior_log_snr, index, lengths, generators, device, progress
-        )
-        for (image, r, part), value in zip(mine, values.split(lengths), strict=True):
-            log_weights[image, r, part : part + len(value)] = value
-        first = last
-    bounds = math.log(samples) - log_weights.logsumexp(2)
-    variance = float((bounds.diff(dim=1) ** 2).sum()) / 4
+    samples, num_dims = num_samples // 2, levels[0].numel()
+    cost = samples * (term.num_steps + isinstance(decoder, GaussianDecoder))
+
+    def draw(images: Tensor, repetitions: Tensor) -> Tensor:
+        chains = torch.arange(len(images) * samples)
+        log_weights = []
+        for flat in chains.split(batch_size):
+            row = flat // samples
+            index, number = images[row], flat % samples
+            seeds = [("chain", *part) for part in torch.stack([index, repetitions[row], number]).T.tolist()]
+            generators = [torch.Generator().manual_seed(mix_seed(seed, *part)) for part in seeds]
+            log_weights.append(
+                _chain_log_weights(model, levels, term, decoder, prior_log_snr, index, generators, device, progress)
+            )
+        bounds = math.log(samples) - torch.cat(log_weights).reshape(-1, samples).logsumexp(1)
+        return torch.stack([torch.full_like(bounds, cost), bounds])
+
+    found = repeat(
+        draw,
+        len(levels),
+        num_dims,
+        2,
+        batch_size=max(1, batch_size // samples),
+        budget=Budget(target_standard_error, max_model_evaluations),
+        cost=cost,
+        runner=runner,
+    )
     return LikelihoodReport(
         method="importance_weighted",
-        nats=bounds.mean(1),
+        nats=found.values[0],
         prior=None,
         diffusion=None,
         reconstruction=None,
         num_dims=num_dims,
-        standard_error=math.sqrt(variance) / count / num_dims / math.log(2),
+        standard_error=found.standard_error,
         is_bound=True,
-        num_model_evaluations=count * 2 * samples * (term.num_steps + isinstance(decoder, GaussianDecoder)),
-        settings={"num_importance_samples": samples},
+        num_model_evaluations=found.num_model_evaluations,
+        settings={"num_importance_samples": samples, "num_repetitions": found.number},
     )
 
 
@@ -1088,7 +1096,6 @@ def _chain_log_weights(
     decoder: Decoder,
     prior_log_snr: float,
     index: Tensor,
-    lengths: list[int],
     generators: list[torch.Generator],
     device: torch.device | str,
     progress: Callable[[int], object] | None,
@@ -1098,8 +1105,7 @@ def _chain_log_weights(
     x = model.encode(k)
 
     def draw() -> Tensor:
-        parts = [torch.randn(n, *x.shape[1:], generator=g) for n, g in zip(lengths, generators, strict=True)]
-        return torch.cat(parts).to(device)
+        return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(device)
 
     noise = draw()
     log_snr = torch.full((len(x),), prior_log_snr, dtype=torch.float64)
@@ -1183,12 +1189,6 @@ def _noise(index: Tensor, column: Tensor, shape: torch.Size, seed: int, number: 
         mine = inverse == i
         noise[mine] = torch.randn(_NOISE_BLOCK, *shape, generator=generator)[position[mine]]
     return noise
-
-
-def mix_seed(seed: int, *parts: int | str) -> int:
-    """A seed made of several: the same on every machine, and unrelated for neighbouring parts."""
-    digest = hashlib.blake2b(repr((seed, *parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def learned_variance_of(output: Tensor, kind: str, low: Tensor, high: Tensor) -> Tensor:

@@ -30,9 +30,10 @@ from torch import Tensor
 
 from vdm_diffusers.decoders import bin_width, log_normal_mass
 from vdm_diffusers.gaussian import alpha_sigma
-from vdm_diffusers.likelihood import DenoisingModel, LikelihoodReport, expected_softmax_nats, mix_seed
+from vdm_diffusers.likelihood import DenoisingModel, LikelihoodReport, expected_softmax_nats
 from vdm_diffusers.numerics import sum_except_batch
 from vdm_diffusers.prediction import convert
+from vdm_diffusers.repetitions import Budget, Runner, mix_seed, repeat, run_all
 
 Dequantization = Literal["none", "uniform", "truncated_normal"]
 Divergence = Literal["hutchinson", "exact"]
@@ -52,7 +53,10 @@ def evaluate_flow(
     batch_size: int = 256,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    target_standard_error: float | None = None,
+    max_model_evaluations: int | None = None,
     progress: Callable[[int], object] | None = None,
+    runner: Runner = run_all,
 ) -> LikelihoodReport:
     """-ln p of the flow for each image, from `num_samples` trajectories with draws of y_0 and probes of their own.
 
@@ -64,7 +68,11 @@ def evaluate_flow(
         rtol, atol: of the solver, SciPy's Dormand-Prince 5(4), for all trajectories of a batch together.
         batch_size: trajectories at a time.
         seed: of the draws and probes, which do not depend on the batch.
+        target_standard_error: bits/dim; go on with further trajectories until the error is at most this.
+        max_model_evaluations: where to stop. What a trajectory costs is the solver's choice: the first two of every image show it, and
+            as many follow as should fit.
         progress: called with the number of trajectories done, after every batch.
+        runner: see `vdm_diffusers.repetitions`.
     Raises:
         ImportError: SciPy is missing. ValueError: arguments that do not fit; a solver that gives up.
     """
@@ -90,24 +98,21 @@ def evaluate_flow(
             f"`num_samples` must be at least 2, got {num_samples}: the error bar comes from their scatter."
         )
 
-    count, num_dims = len(levels), levels[0].numel()
-    nats = torch.empty(count * num_samples, dtype=torch.float64)
-    evaluations = 0
-    for flat in torch.arange(count * num_samples).split(batch_size):
-        index = flat // num_samples
-        data = levels[index]
+    num_dims = levels[0].numel()
+
+    def draw(images: Tensor, repetitions: Tensor) -> Tensor:
+        data, size, calls = levels[images], len(images), 0
         draws = [
-            _draw(model, one, log_snr_max, dequantization, mix_seed(seed, "ode", number))
-            for one, number in zip(data, flat.tolist(), strict=True)
+            _draw(model, one, log_snr_max, dequantization, mix_seed(seed, "ode", *number))
+            for one, number in zip(data, torch.stack([images, repetitions]).T.tolist(), strict=True)
         ]
         start, probe, offset = (torch.stack(parts) for parts in zip(*draws, strict=True))
-        size = len(flat)
 
         def derivative(log_snr: float, state: object) -> object:
-            nonlocal evaluations
-            evaluations += size  # noqa: B023
-            y = torch.as_tensor(state)[: size * num_dims].reshape(start.shape)  # noqa: B023
-            slope, change = _derivative(model, y, log_snr, index, probe, divergence, device)  # noqa: B023
+            nonlocal calls
+            calls += 1
+            y = torch.as_tensor(state)[: size * num_dims].reshape(start.shape)
+            slope, change = _derivative(model, y, log_snr, images, probe, divergence, device)
             return torch.cat([slope.flatten(), change]).numpy()
 
         initial = torch.cat([start.flatten(), torch.zeros(size, dtype=torch.float64)]).numpy()
@@ -122,25 +127,42 @@ def evaluate_flow(
         alpha, _ = alpha_sigma(log_snr_min)
         z = alpha * final[: size * num_dims].reshape(size, num_dims)
         log_density_1 = -0.5 * (z**2).sum(1) + num_dims * (alpha.log() - 0.5 * math.log(2 * math.pi))
-        nats[flat] = offset - (log_density_1 - final[size * num_dims :])
+        nats = offset - (log_density_1 - final[size * num_dims :])
         if progress is not None:
             progress(size)
-    nats = nats.reshape(count, num_samples)
+        return torch.stack([torch.full_like(nats, calls), nats])
+
+    found = repeat(
+        draw,
+        len(levels),
+        num_dims,
+        num_samples,
+        batch_size=batch_size,
+        budget=Budget(target_standard_error, max_model_evaluations),
+        cost=None,
+        runner=runner,
+    )
+    nats = found.values[0]
     if model.num_levels is not None and dequantization == "none":
         table = expected_softmax_nats(log_snr_max, model.num_levels, model.pixel_encoding)
-        nats = nats + torch.cat([sum_except_batch(table[part.long()]) for part in levels.split(1024)])[:, None]
-    variance = float((nats.var(1) / num_samples).sum())
+        nats = nats + torch.cat([sum_except_batch(table[part.long()]) for part in levels.split(1024)])
     return LikelihoodReport(
         method="ode",
-        nats=nats.mean(1),
+        nats=nats,
         prior=None,
         diffusion=None,
         reconstruction=None,
         num_dims=num_dims,
-        standard_error=math.sqrt(variance) / count / num_dims / math.log(2),
+        standard_error=found.standard_error,
         is_bound=True,
-        num_model_evaluations=evaluations,
-        settings={"dequantization": dequantization, "divergence": divergence, "rtol": rtol, "atol": atol},
+        num_model_evaluations=found.num_model_evaluations,
+        settings={
+            "dequantization": dequantization,
+            "divergence": divergence,
+            "rtol": rtol,
+            "atol": atol,
+            "num_repetitions": found.number,
+        },
     )
 
 
