@@ -291,8 +291,9 @@ def test_fewer_processes_than_asked_for_stop(monkeypatch):
         check_launch(alone)
     several = {"num_processes": 2, "device": CPU}
     check_launch(SimpleNamespace(**several, distributed_type=DistributedType.MULTI_GPU))
-    for engine in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        with pytest.raises(SetupError, match=r"accelerate_configs/ddp.yaml"):
+    check_launch(SimpleNamespace(**several, distributed_type=DistributedType.FSDP))
+    for engine in (DistributedType.MEGATRON_LM, DistributedType.DEEPSPEED):
+        with pytest.raises(SetupError, match=r"accelerate_configs/fsdp.yaml"):
             check_launch(SimpleNamespace(**several, distributed_type=engine))
 
 

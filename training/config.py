@@ -252,6 +252,9 @@ class OptimizationArguments:
         "no", "Precision of the network's arithmetic. Noise, loss and optimiser stay in float32."
     )
     compile: bool = argument(False, "Compile the network with torch.compile.")
+    gradient_checkpointing: bool = argument(
+        False, "Compute activations again in the backward pass: less memory for a third more arithmetic."
+    )
     channels_last: bool = argument(False, "Lay tensors out with the channels last.")
     seed: int = argument(0, "Seed of everything: initial weights, data order, times, noise, dropout, samples.")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from sharding import local
 from torch import nn
 
 
@@ -26,7 +27,12 @@ class EMA:
     def __init__(self, model: nn.Module, *, inv_gamma: float, power: float, max_decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.inv_gamma, self.power, self.max_decay = inv_gamma, power, max_decay
-        self._averages, self._weights = list(self.model.parameters()), list(model.parameters())
+        self.follow(model)
+
+    def follow(self, model: nn.Module) -> None:
+        """Average the weights of `model` from here on: where they are divided among processes, each averages its share."""
+        self._averages = [local(parameter) for parameter in self.model.parameters()]
+        self._weights = [local(parameter) for parameter in model.parameters()]
         self._copies = list(zip(self.model.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()

@@ -64,6 +64,7 @@ from optimizers import make_optimizer
 from plots import image_grid
 from randomness import DataOrder, seed_dropout
 from safetensors.torch import load_file, save_file
+from sharding import clip_gradients, gathered, in_precision, load_gathered_optimizer, requested_sharding, shard
 from time_learning import TimeLearning
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -117,10 +118,10 @@ def check_launch(accelerator: Accelerator) -> None:
             f"the launcher's WORLD_SIZE is {wanted}, but {accelerator.num_processes} process(es) found each other. On CPUs start "
             f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {wanted} training/train.py`."
         )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise SetupError(
-            f"{accelerator.distributed_type.value} divides weights or optimiser states among the processes, and this script's checkpoints "
-            "and average need them whole: use a configuration without it, e.g. training/accelerate_configs/ddp.yaml."
+            f"{accelerator.distributed_type.value} is not done here. Weights and optimiser states are divided among the processes, as ZeRO-3 and "
+            "ZeRO-2 divide them, by training/accelerate_configs/fsdp.yaml and fsdp_keep_gathered.yaml."
         )
     # `accelerate launch --cpu --num_processes N` starts a single process; all it leaves are these two variables
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -365,6 +366,19 @@ class Training:
         optimization, device = args.optimization, accelerator.device
         check_launch(accelerator)
         check_latent_run(args, accelerator)
+        try:
+            self.sharding = requested_sharding(accelerator)
+        except ValueError as error:
+            raise SetupError(str(error)) from error
+        if self.sharding is not None and (self.is_latent or optimization.optimizer == "muon"):
+            what = (
+                "--optimizer muon needs whole matrices"
+                if not self.is_latent
+                else f"--model {args.model.model} is small"
+            )
+            raise SetupError(
+                f"{what}: FSDP divides them. Use training/accelerate_configs/ddp.yaml or --optimizer adamw."
+            )
         self.output_dir = prepare_output_dir(args, accelerator)
         resume_from, self.warnings = None, [idle_cores(accelerator)]
         if args.run.resume_from_checkpoint:
@@ -394,8 +408,10 @@ class Training:
         except ValueError as error:  # sizes or schedules that cannot be; the message says which
             raise SetupError(str(error)) from error
         self.time = TimeLearning(args.diffusion, self.scheduler, device)
-        self.num_classes = num_classes(self.network)
+        self.num_classes, self.network_class = num_classes(self.network), type(self.network)
         self.network.to(device).train()
+        if optimization.gradient_checkpointing or (self.sharding is not None and self.sharding.gradient_checkpointing):
+            self.network.enable_gradient_checkpointing()
         if optimization.channels_last:
             self.network.to(memory_format=torch.channels_last)
         self.ema = None
@@ -408,7 +424,12 @@ class Training:
         self.started = time.perf_counter()  # moved back by what earlier parts of the run took
         if resume_from is not None:
             self._load_weights(resume_from)
-        if optimization.compile:
+        if self.sharding is not None:
+            shard(self.network, self.sharding, device, compile=optimization.compile)
+            if self.ema is not None:
+                shard(self.ema.model, self.sharding, device)
+                self.ema.follow(self.network)
+        elif optimization.compile:
             self.network.compile()
         try:
             optimizer = make_optimizer(
@@ -422,8 +443,14 @@ class Training:
             )
         except ValueError as error:
             raise SetupError(str(error)) from error
-        self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
-        self.parameters = list(self.model.parameters())  # walking the modules at each step would cost a millisecond
+        if self.sharding is None:
+            self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
+        else:
+            self.model, self.optimizer = (
+                in_precision(self.network, accelerator),
+                accelerator.prepare_optimizer(optimizer),
+            )
+        self.parameters = list(self.network.parameters())  # walking the modules at each step would cost a millisecond
         if resume_from is not None:
             self._load_optimizer(resume_from)
 
@@ -486,6 +513,18 @@ class Training:
         """The network that is evaluated, sampled and published: the average's, or the trained one."""
         return self.network if self.ema is None else self.ema.model
 
+    def whole_average(self) -> ModelMixin:
+        """`averaged`, gathered where weights are divided among the processes: all of them must ask."""
+        if self.sharding is None:
+            return self.averaged
+        network = self._new_network().to(self.accelerator.device)
+        network.load_state_dict(gathered(self.averaged.state_dict(), self.accelerator.device))
+        return network
+
+    def _new_network(self) -> ModelMixin:
+        with torch.random.fork_rng(devices=[]):
+            return self.network_class.from_config(self.network.config).eval()
+
     @property
     def is_latent(self) -> bool:
         """Whether a model with a learned encoder is trained: it is saved as a model, and is no pipeline."""
@@ -512,7 +551,8 @@ class Training:
             if not self.args.model.class_conditional:
                 labels = None
             seed_dropout(accelerator.device, optimization.seed, "dropout", self.step, first)
-            with accelerator.accumulate(self.model):
+            # divided gradients are added up where they lie: each micro-batch sends its own
+            with accelerator.accumulate(*([self.model] if self.sharding is None else [])):
                 losses = self.task.losses(self.model, levels, labels, rows)
                 accelerator.backward(losses.weighted.mean())
                 self.time.collect(accelerator, losses)
@@ -520,7 +560,8 @@ class Training:
                 if accelerator.sync_gradients:
                     limit = optimization.max_grad_norm or math.inf
                     accelerator.unscale_gradients()
-                    norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+                    clip = torch.nn.utils.clip_grad_norm_ if self.sharding is None else clip_gradients
+                    norm = clip(self.parameters, limit)
                     # float16's loss scaling leaves out overflowing steps by itself
                     if optimization.max_skipped_steps and accelerator.scaler is None:
                         healthy = bool(norm.isfinite())
@@ -685,10 +726,10 @@ class Training:
         accelerator.print(
             f"training on {self.train_images.name} ({shape}, {self.num_levels} levels)\n"
             f"evaluating on {self.eval_images.name}\n"
-            f"network: {type(self.network).__name__}, {parameters / 1e6:.2f}M weights; {objective}\n"
+            f"network: {self.network_class.__name__}, {parameters / 1e6:.2f}M weights; {objective}\n"
             f"{self.num_steps} optimiser steps of {self.global_batch} images ({self.rows} x {accelerator.num_processes} process(es) x "
             f"{optimization.gradient_accumulation_steps} micro-batch(es)), {self.num_steps * self.global_batch / len(self.train_images):.1f} "
-            f"epochs, on {accelerator.device}, precision {accelerator.mixed_precision}\n"
+            f"epochs, on {accelerator.device}{', weights divided' if self.sharding else ''}, precision {accelerator.mixed_precision}\n"
             f"writing to {self.output_dir}"
         )
 
@@ -696,17 +737,17 @@ class Training:
 
     def evaluate(self) -> None:
         """Bits/dim of the held-out images with the averaged weights."""
-        self.averaged.eval()
+        averaged = self.whole_average().eval()
         common = {
             "seed": self.args.optimization.seed,
             "num_samples": self.args.run.eval_num_samples,
             "batch_size": self.args.run.eval_batch_size,
         }
         if self.is_latent:
-            result = latent_bits_per_dim(self.averaged, self.eval_images, **common)
+            result = latent_bits_per_dim(averaged, self.eval_images, **common)
         else:
             result = bits_per_dim(
-                self.pipeline(),
+                self.pipeline(averaged),
                 self.eval_images,
                 process_index=self.accelerator.process_index,
                 num_processes=self.accelerator.num_processes,
@@ -722,26 +763,26 @@ class Training:
 
     def draw_samples(self) -> None:
         """A grid of samples, from the same noise each time."""
+        averaged = self.whole_average().eval()
         if self.accelerator.is_main_process:
-            self.averaged.eval()
             common = {"seed": self.args.optimization.seed, "batch_size": self.args.run.eval_batch_size}
             if self.is_latent:
-                levels = sampled_levels(self.averaged, self.args.run.num_sample_images, **common)
+                levels = sampled_levels(averaged, self.args.run.num_sample_images, **common)
             else:
                 levels = draw_samples(
-                    self.pipeline(),
+                    self.pipeline(averaged),
                     self.args.run.num_sample_images,
                     num_inference_steps=self.args.diffusion.ddpm_num_inference_steps,
                     num_classes=self.num_classes if self.args.model.class_conditional else None,
                     **common,
                 )
-            self.network.train()
             grid = image_grid(levels, self.num_levels)
             folder = self.output_dir / SAMPLES_FOLDER
             folder.mkdir(exist_ok=True)
             grid.save(folder / f"step-{self.step:07d}.png")
             self.last_samples = folder / f"step-{self.step:07d}.png"
             self.log.picture(self.step, "samples", grid)
+        self.network.train()
         self.accelerator.wait_for_everyone()
 
     # --- saving and loading
@@ -750,18 +791,32 @@ class Training:
         """Everything that the run needs to go on, and a pipeline of the averaged weights, in one folder."""
         if self.accelerator.is_main_process:
             self.writer.wait()  # the copies that it writes are about to be overwritten
-            self.writer.submit(self._checkpoint_writer(copied=self.args.run.async_checkpoints))
+        weights, optimizer, averaged = (
+            self.network.state_dict(),
+            self.optimizer.state_dict(),
+            self.averaged.state_dict(),
+        )
+        if self.sharding is not None:  # all processes give, the main one takes
+            device = "cpu" if self.accelerator.is_main_process else None
+            weights, optimizer, averaged = (gathered(state, device) for state in (weights, optimizer, averaged))
+        if self.accelerator.is_main_process:
+            self.writer.submit(self._checkpoint_writer(weights, optimizer, averaged))
         self.accelerator.wait_for_everyone()
 
-    def _checkpoint_writer(self, copied: bool) -> Callable[[], None]:
-        """A function that writes the state as it is now; with `copied` from copies, so that training may go on meanwhile."""
+    def _checkpoint_writer(
+        self, weights: dict[str, Any], optimizer: dict[str, Any], averaged: dict[str, Any]
+    ) -> Callable[[], None]:
+        """A function that writes the state as it is now; in the background from copies, so that training may go on meanwhile."""
         target, limit = self.output_dir / f"checkpoint-{self.step}", self.args.run.checkpoints_total_limit
-        weights = {name: value.contiguous() for name, value in self.network.state_dict().items()}
-        optimizer, time_learning, model = self.optimizer.state_dict(), self.time, self.averaged
+        weights = {name: value.contiguous() for name, value in weights.items()}
+        time_learning, model = self.time, self.averaged
         scaler = None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict()
-        if copied:
-            weights, optimizer = on_cpu(weights), on_cpu(optimizer)
-            time_learning, model = copy.deepcopy(self.time), self._copy_of_averaged()
+        if self.args.run.async_checkpoints:
+            if self.sharding is None:
+                weights, optimizer = on_cpu(weights), on_cpu(optimizer)
+            time_learning = copy.deepcopy(self.time)
+        if self.args.run.async_checkpoints or self.sharding is not None:
+            model = self._copy_of_averaged(averaged)
         saved = model if self.is_latent else self.pipeline(model)
         description = self.description()
         position = {
@@ -792,19 +847,19 @@ class Training:
 
         return write
 
-    def _copy_of_averaged(self) -> ModelMixin:
+    def _copy_of_averaged(self, averaged: dict[str, Any]) -> ModelMixin:
         """The averaged network as it is now, on the CPU; the same object at every call."""
         if self.copied is None:
-            with torch.random.fork_rng(devices=[]):
-                self.copied = type(self.averaged).from_config(self.averaged.config).eval()
-        self.copied.load_state_dict(self.averaged.state_dict())
+            self.copied = self._new_network()
+        self.copied.load_state_dict(averaged)
         return self.copied
 
     def save_pipeline(self) -> None:
         """The finished pipeline in --output_dir itself; model_index.json comes last, so that it never names a half."""
+        averaged = self.whole_average()
         if self.accelerator.is_main_process:
             with explained_failure(self.output_dir), atomic_folder(self.output_dir / "pipeline") as folder:
-                (self.averaged if self.is_latent else self.pipeline()).save_pretrained(folder)
+                (averaged if self.is_latent else self.pipeline(averaged)).save_pretrained(folder)
                 write_json(folder / ARGUMENTS_FILE, self.description())
             written = self.output_dir / "pipeline"
             index = "config.json" if self.is_latent else "model_index.json"
@@ -937,7 +992,11 @@ class Training:
 
     def _load_optimizer(self, checkpoint: Path) -> None:
         state = checkpoint / STATE_FOLDER
-        self.optimizer.load_state_dict(torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True))
+        optimizer = torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)
+        if self.sharding is None:
+            self.optimizer.load_state_dict(optimizer)
+        else:
+            load_gathered_optimizer(self.optimizer, optimizer)
         if self.accelerator.scaler is not None and (state / "scaler.pt").is_file():
             self.accelerator.scaler.load_state_dict(torch.load(state / "scaler.pt", weights_only=True))
 

@@ -1,0 +1,231 @@
+"""Weights divided among the processes: the same run, the same checkpoints."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import train
+import yaml
+from accelerate.utils import DistributedType
+from checkpoints import list_checkpoints
+from ema import EMA
+from safetensors.torch import load_file
+from sharding import Sharding, _units, gathered, requested_sharding
+
+from vdm_diffusers import VDMPipeline, VDMUNet2DModel
+
+SCRIPT = Path(train.__file__)
+CONFIGS = SCRIPT.parent / "accelerate_configs"
+TINY = {
+    "hidden_channels": 12,  # of 12 channels two processes get 6; of the one channel of the output, one gets none
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "fourier_exponents": [2, 3],
+    "log_snr_max": 9,
+    "dropout": 0,
+    "train_batch_size": 8,
+    "learning_rate": "1e-3",
+    "lr_warmup_steps": 2,
+    "max_train_steps": 8,
+    "checkpointing_steps": 4,
+    "checkpoints_total_limit": 0,
+    "logging_steps": 4,
+    "eval_max_images": 8,
+    "eval_num_samples": 2,
+    "eval_steps": 4,
+    "sample_steps": 0,
+    "ddpm_num_inference_steps": 5,
+    "num_sample_images": 4,
+    "logger": "none",
+}
+UNITS = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "VDMResnetBlock2D",
+}
+
+
+def network(**options):
+    sizes = {"hidden_channels": 8, "layers_per_block": 2, "norm_num_groups": 4}
+    return VDMUNet2DModel(sample_size=8, in_channels=1, **sizes | options)
+
+
+def test_units_are_disjoint_large_enough_and_callable():
+    model = network()
+    by_name = _units(model, Sharding(class_names=frozenset({"VDMResnetBlock2D"})))
+    assert len(by_name) == 2 + 2 + 3
+    assert {type(unit).__name__ for unit in by_name} == {"VDMResnetBlock2D"}
+    by_size = _units(model, Sharding(min_num_params=3000))
+    seen = set()
+    for unit in by_size:  # inner units come first, and their weights are theirs
+        assert not isinstance(unit, torch.nn.ModuleList)
+        own = {id(p) for p in unit.parameters()} - seen
+        assert sum(p.numel() for p in unit.parameters() if id(p) in own) >= 3000
+        seen |= own
+    assert by_size and model not in by_size
+    assert _units(model, Sharding()) == []  # a small network is one unit, the root
+
+
+def test_what_is_gathered_is_a_copy():
+    model = network()
+    state = gathered({"a": model.state_dict(), "b": [torch.ones(2), 3]}, "cpu")
+    assert state["b"][1] == 3
+    name, weight = next(iter(model.named_parameters()))
+    assert torch.equal(state["a"][name], weight)
+    with torch.no_grad():
+        weight.add_(1)
+    assert not torch.equal(state["a"][name], weight)
+
+
+def test_the_average_follows_weights_that_were_moved():
+    model = network()
+    average = EMA(model, inv_gamma=1.0, power=0.75, max_decay=0.99)
+    for parameter in model.parameters():
+        parameter.data = parameter.detach() + 1  # as `Module.to` does
+    average.update(1)  # decay 0
+    for got, want in zip(average.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: false"),
+        ({"scaler": object()}, "fp16"),
+    ],
+)
+def test_what_fsdp_cannot_do_here_is_said(monkeypatch, wrong, said):
+    options = {"distributed_type": DistributedType.MULTI_CPU, "scaler": None, "parallelism_config": None}
+    options["device"] = torch.device("cpu")
+    for name in UNITS:
+        monkeypatch.delenv(name, raising=False)
+    assert requested_sharding(SimpleNamespace(**options)) is None
+    for name, value in UNITS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    asked = requested_sharding(SimpleNamespace(**options))
+    assert asked == Sharding(class_names=frozenset({"VDMResnetBlock2D"}))
+    for name, value in wrong.items():
+        if name == "scaler":
+            options[name] = value
+        else:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        requested_sharding(SimpleNamespace(**options))
+
+
+@pytest.mark.parametrize("name", ["fsdp.yaml", "fsdp_keep_gathered.yaml"])
+def test_the_configurations_say_what_they_mean(name):
+    config = yaml.safe_load((CONFIGS / name).read_text())
+    assert config["distributed_type"] == "FSDP"
+    assert config["fsdp_config"]["fsdp_version"] == 2
+    assert config["fsdp_config"]["fsdp_reshard_after_forward"] is (name == "fsdp.yaml")
+
+
+def launch(recipe, output_dir, environment=(), launcher=(), **options):
+    """Run the script in two processes; returns what it said."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    if not launcher:
+        launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}")
+    else:
+        launcher = (*launcher, "--num_processes=2", f"--main_process_port={port}")
+    given = {"config": recipe, "output_dir": output_dir, **options}
+    process = subprocess.Popen(
+        [sys.executable, *launcher, str(SCRIPT), *(f"--{name}={value}" for name, value in given.items())],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | dict(environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        said, complained = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # not kill: the launcher then ends its workers, which would outlive it
+        process.communicate()
+        raise
+    assert process.returncode == 0, complained
+    return said
+
+
+def assert_close(output_dir, reference, part="unet/diffusion_pytorch_model.safetensors"):
+    got, want = load_file(Path(output_dir) / part), load_file(Path(reference) / part)
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=2e-6)
+
+
+def tensors(state):
+    """All tensors of an optimiser's state, in order."""
+    return [value for entry in state["state"].values() for value in entry.values()]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+@pytest.fixture(scope="module")
+def replicated(recipe, tmp_path_factory):
+    """Two processes, each with all weights."""
+    output_dir = tmp_path_factory.mktemp("runs") / "replicated"
+    launch(recipe, output_dir)
+    return output_dir
+
+
+@pytest.mark.slow
+def test_divided_weights_are_the_same_run(recipe, replicated, tmp_path):
+    said = launch(recipe, tmp_path / "divided", UNITS, sample_steps=8)
+    assert "weights divided" in said
+    assert_close(tmp_path / "divided", replicated)
+    assert (tmp_path / "divided" / "metrics.jsonl").read_text().count("eval/bits_per_dim") == 2
+    for folder in list_checkpoints(replicated):
+        for part in ("unet/diffusion_pytorch_model.safetensors", "training_state/weights.safetensors"):
+            assert_close(tmp_path / "divided" / folder.name, folder, part)
+        ours, theirs = (
+            torch.load(run / folder.name / "training_state" / "optimizer.pt", weights_only=True)
+            for run in (tmp_path / "divided", replicated)
+        )
+        for got, want in zip(tensors(ours), tensors(theirs), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    pipeline = VDMPipeline.from_pretrained(tmp_path / "divided")
+    assert type(pipeline.unet) is VDMUNet2DModel
+    assert pipeline(batch_size=1, num_inference_steps=2).images[0].size == (8, 8)
+
+
+@pytest.mark.slow
+def test_a_divided_run_goes_on_divided_or_whole(recipe, replicated, tmp_path):
+    launch(recipe, tmp_path / "run", UNITS, checkpointing_steps=3, async_checkpoints=True)
+    for environment in (UNITS, {}):
+        said = launch(recipe, tmp_path / "run", environment, resume_from_checkpoint="checkpoint-3")
+        assert "at step 3" in said
+        assert_close(tmp_path / "run", replicated)
+
+
+@pytest.mark.slow
+def test_divided_weights_with_accumulation_and_bf16(recipe, tmp_path):
+    options = {"gradient_accumulation_steps": 2, "mixed_precision": "bf16", "max_train_steps": 4, "max_grad_norm": 0.5}
+    launch(recipe, tmp_path / "divided", UNITS, gradient_checkpointing=True, **options)
+    launch(recipe, tmp_path / "replicated", **options)
+    assert_close(tmp_path / "divided", tmp_path / "replicated")
+
+
+@pytest.mark.slow
+def test_accelerate_launch_with_the_configuration(recipe, replicated, tmp_path):
+    configuration = yaml.safe_load((CONFIGS / "fsdp_keep_gathered.yaml").read_text())
+    configuration["fsdp_config"]["fsdp_min_num_params"] = 2000
+    (tmp_path / "fsdp.yaml").write_text(yaml.safe_dump(configuration))
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "fsdp.yaml"))
+    said = launch(recipe, tmp_path / "divided", {"ACCELERATE_USE_CPU": "true"}, launcher)
+    assert "weights divided" in said
+    assert_close(tmp_path / "divided", replicated)
