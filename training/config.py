@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import yaml
+from decoded import Storage
 from transformers.hf_argparser import HfArgumentParser
 
 from vdm_diffusers.decoders import PixelEncoding
@@ -105,8 +106,22 @@ class DataArguments:
     )
     max_train_samples: int | None = argument(None, "Use only so many (seeded, random) training images.")
     dataloader_num_workers: int = argument(
-        0, "Threads that decode images at the start; 0: as many as there are cores."
+        0, "Threads that decode images, at the start or from a stream; 0: as many as there are cores."
     )
+    decoded_images: Storage = argument(
+        "auto",
+        "Where decoded images are kept: in each process's memory, or in a file beside `datasets`' cache (--cache_dir) that all processes "
+        "map, and that the next run finds. auto: in memory up to --memory_share of it.",
+    )
+    memory_share: float = argument(
+        0.5, "Share of the machine's memory that the decoded images of a split may take, all its processes together."
+    )
+    streaming: bool = argument(
+        False,
+        "Read the training images in passing, in an order shuffled in --shuffle_buffer_size, instead of decoding all at the start. Needs "
+        "--max_train_steps and --eval_split, of which the first --eval_max_images (none: 1024) are held in memory.",
+    )
+    shuffle_buffer_size: int = argument(4096, "Decoded images of a stream that are shuffled together, and held twice.")
 
 
 @dataclass
@@ -458,7 +473,7 @@ def check_arguments(arguments: Arguments) -> None:
         *("eval_num_samples", "eval_batch_size", "num_sample_images", "ddpm_num_inference_steps", "learning_rate"),
         *("ddpm_num_steps", "max_train_steps", "resolution", "max_train_samples", "eval_max_images", "min_snr_gamma"),
         *("ema_inv_gamma", "adam_epsilon", "hidden_channels", "layers_per_block", "norm_num_groups"),
-        *("latent_channels", "num_layers"),
+        *("latent_channels", "num_layers", "shuffle_buffer_size"),
     ]
     for name in positive:
         if values[name] is not None and not values[name] > 0:
@@ -481,6 +496,18 @@ def check_arguments(arguments: Arguments) -> None:
             raise ValueError(f"--{name} must lie in [0, 1), got {values[name]}.")
     if not 0 < values["eval_fraction"] < 1:
         raise ValueError(f"--eval_fraction must lie in (0, 1), got {values['eval_fraction']}.")
+    if not 0 < values["memory_share"] <= 1:
+        raise ValueError(f"--memory_share must lie in (0, 1], got {values['memory_share']}.")
+    if values["streaming"]:
+        wanted = {
+            "a data set (--dataset_name or --train_data_dir)": values["dataset_name"] or values["train_data_dir"],
+            "--max_train_steps": values["max_train_steps"] is not None,
+            "--eval_split": values["eval_split"] is not None,
+            "no --max_train_samples": values["max_train_samples"] is None,
+        }
+        missing = [name for name, there in wanted.items() if not there]
+        if missing:
+            raise ValueError(f"--streaming needs {', and '.join(missing)}.")
     if not values["log_snr_max"] > values["log_snr_min"]:
         raise ValueError(
             f"--log_snr_max must exceed --log_snr_min, got {values['log_snr_max']} <= {values['log_snr_min']}. Did you pass gamma? "

@@ -1,4 +1,4 @@
-"""Images as integers: read once, decoded once, held in memory as (N, C, H, W) levels until the device.
+"""Images as integers: read once, decoded once, held in memory or in a mapped file as (N, C, H, W) levels until the device.
 
 Nothing here turns an integer into a float: that is done on the device, batch by batch, by the pixel encoding that the
 likelihood knows about.
@@ -7,6 +7,7 @@ likelihood knows about.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +19,13 @@ import numpy as np
 import PIL.Image
 import torch
 from config import DataArguments
+from decoded import held_images, keeps_on_disk, mapped_images
 from randomness import generator_for, seed_for
 from torch import Tensor
 
+FORMAT_OF_DECODED = 1  # another one makes files of decoded images anew
+NUM_LOCAL_SHARDS = 64  # that a data set on the disk is streamed in: any number of processes up to it has its own
+UNDECODABLE = (OSError, SyntaxError, ValueError)  # what PIL raises for files that are cut off or no images
 HELD_OUT = "held_out"  # name of the share of the training split that is held out when there is no split for it
 DIGITS = "scikit-learn digits (8x8, 17 grey levels)"
 DIGITS_SPLITS = {"train": slice(0, 1200), "validation": slice(1200, 1500), "test": slice(1500, 1797)}
@@ -52,6 +57,7 @@ class ImageSet:
         images: (N, C, H, W) uint8 or int32, values 0..num_levels-1.
         labels: (N,) int64, or None where the data have no class labels.
         source: the data set. name: what the images are, for people: data set, split, how many.
+        known_highest: the highest level, where it is known without reading all images.
     """
 
     images: Tensor
@@ -60,6 +66,7 @@ class ImageSet:
     num_classes: int | None
     source: str
     name: str
+    known_highest: int | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -68,6 +75,11 @@ class ImageSet:
     def num_dims(self) -> int:
         """Dimensions of one image: C H W."""
         return self.images[0].numel()
+
+    @property
+    def highest(self) -> int:
+        """The highest level of a pixel."""
+        return int(self.images.max()) if self.known_highest is None else self.known_highest
 
     def fingerprint(self) -> str:
         """A checksum of the pixels: what "the same data" means, whatever they are called."""
@@ -134,7 +146,7 @@ def default_test_split(args: DataArguments) -> str:
     """The split for a final figure: the data set's own test split if it has one, else the one held out while training."""
     if is_digits(args):
         return "test"
-    names = list(_open(args))
+    names = list(open_splits(args))
     return next((name for name in ("test", "validation", "valid") if name in names), evaluation_split(args))
 
 
@@ -151,21 +163,21 @@ def _read_split(
     """Read the images of a split that `choose` chooses, given their number (None: all)."""
     if is_digits(args):
         return _digits(split, choose)
-    splits = _open(args)
+    splits = open_splits(args)
     if split not in splits:
         raise DataError(
             f"the data have no split {split!r}, only {', '.join(map(repr, splits))}: see --train_split, --eval_split."
         )
     dataset = splits[split]
-    image_column = _image_column(dataset, args.image_column)
-    label_column, num_classes = _label_column(dataset, args.label_column)
+    column = image_column(dataset, args.image_column)
+    labels_column, num_classes = label_column(dataset, args.label_column)
     chosen = choose(len(dataset))
     if chosen is not None:
         dataset = dataset.select(chosen.tolist())
-    images, num_levels = _decode(_as_images(dataset, image_column), image_column, args, crop_seed)
-    labels = None if label_column is None else torch.as_tensor(np.asarray(dataset[label_column][:], dtype=np.int64))
+    images, num_levels, highest = _decode(_as_images(dataset, column), column, args, crop_seed, chosen)
+    labels = None if labels_column is None else torch.as_tensor(np.asarray(dataset[labels_column][:], dtype=np.int64))
     source = args.dataset_name or str(args.train_data_dir)
-    return ImageSet(images, labels, num_levels, num_classes, source, f"{source}, split {split}")
+    return ImageSet(images, labels, num_levels, num_classes, source, f"{source}, split {split}", highest)
 
 
 def _digits(split: str, choose: Callable[[int], Tensor | None]) -> ImageSet:
@@ -184,21 +196,24 @@ def _digits(split: str, choose: Callable[[int], Tensor | None]) -> ImageSet:
     )
 
 
-def _open(args: DataArguments) -> Any:
-    """The data set's splits by name: datasets.DatasetDict."""
+def open_splits(args: DataArguments, *, streaming: bool = False) -> Any:
+    """The data set's splits by name: datasets.DatasetDict, or IterableDatasetDict that is read in passing."""
     import datasets
 
     datasets.disable_progress_bars()
+    common = {"cache_dir": args.cache_dir, "streaming": streaming}
     if args.dataset_name is None:
-        return datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, cache_dir=args.cache_dir)
+        return datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, **common)
     if args.dataset_name.endswith(".parquet"):
-        return datasets.load_dataset("parquet", data_files={"train": args.dataset_name}, cache_dir=args.cache_dir)
+        return datasets.load_dataset("parquet", data_files={"train": args.dataset_name}, **common)
     if Path(args.dataset_name).is_dir() and (Path(args.dataset_name) / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(args.dataset_name)  # what DatasetDict.save_to_disk wrote
-    return datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=args.cache_dir)
+        splits = datasets.load_from_disk(args.dataset_name)  # what DatasetDict.save_to_disk wrote
+        shards = {name: min(NUM_LOCAL_SHARDS, len(split)) for name, split in splits.items()}
+        return {n: s.to_iterable_dataset(num_shards=shards[n]) for n, s in splits.items()} if streaming else splits
+    return datasets.load_dataset(args.dataset_name, args.dataset_config_name, **common)
 
 
-def _image_column(dataset: Any, name: str | None) -> str:
+def image_column(dataset: Any, name: str | None) -> str:
     import datasets
 
     if name is not None:
@@ -216,7 +231,7 @@ def _image_column(dataset: Any, name: str | None) -> str:
     return found[0]
 
 
-def _label_column(dataset: Any, name: str | None) -> tuple[str | None, int | None]:
+def label_column(dataset: Any, name: str | None) -> tuple[str | None, int | None]:
     import datasets
 
     if name is not None:
@@ -224,6 +239,10 @@ def _label_column(dataset: Any, name: str | None) -> tuple[str | None, int | Non
             raise DataError(f"--label_column {name}: the columns are {', '.join(dataset.column_names)}.")
         feature = dataset.features[name]
         is_class = isinstance(feature, datasets.ClassLabel)
+        if not is_class and isinstance(dataset, datasets.IterableDataset):
+            raise DataError(
+                f"--label_column {name} must be a ClassLabel in a data set that is streamed, not {feature}."
+            )
         return name, feature.num_classes if is_class else int(max(dataset[name][:])) + 1
     found = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)]
     return (found[0], dataset.features[found[0]].num_classes) if len(found) == 1 else (None, None)
@@ -239,49 +258,84 @@ def _as_images(dataset: Any, column: str) -> Any:
     return dataset
 
 
-def _decode(dataset: Any, column: str, args: DataArguments, crop_seed: int | None) -> tuple[Tensor, int]:
-    """All images of a split, decoded: (N, C, H, W) levels and their number.
+def _decode(
+    dataset: Any, column: str, args: DataArguments, crop_seed: int | None, rows: Tensor | None
+) -> tuple[Tensor, int, int]:
+    """All images of a split, decoded: (N, C, H, W) levels, in memory or in a file mapped to it; their number; the highest.
 
     The first image decides the array's shape and type; threads fill it, since PIL decodes outside Python's lock.
+
+    Arguments:
+        rows: (N,) where the images stand in the split, for messages; None: where they stand here.
     """
     if not len(dataset):
         raise DataError("the split is empty.")
-    first, num_levels = _levels(dataset[0][column], 0, args, crop_seed)
-    images = torch.empty((len(dataset), *first.shape), dtype=torch.uint8 if num_levels <= 256 else torch.int32)
 
-    def fill(start: int) -> None:
-        stop = min(start + 256, len(dataset))
-        try:
-            images_here = dataset[start:stop][column]
-        except (OSError, SyntaxError) as error:  # what PIL raises for files that are cut off or no images
-            raise DataError(
-                f"one of the images {start} to {stop - 1} of the split cannot be decoded: {error}"
-            ) from error
-        for index, image in enumerate(images_here, start):
-            levels, its_levels = _levels(image, index, args, crop_seed)
-            if levels.shape != first.shape:
-                raise DataError(
-                    f"images have several sizes or modes: number 0 is {_describe(first)}, number {index} is {_describe(levels)}. "
-                    "Give --resolution (and --image_mode, e.g. RGB) to bring them to one."
-                )
-            if its_levels != num_levels:
-                raise DataError(f"image 0 has {num_levels} levels, image {index} has {its_levels}; give --image_mode.")
-            images[index] = torch.from_numpy(levels)
+    def name(index: int) -> str:
+        return f"image {index if rows is None else int(rows[index])} of the split"
 
-    with ThreadPoolExecutor(args.dataloader_num_workers or os.cpu_count() or 1) as pool:
-        list(pool.map(fill, range(0, len(dataset), 256)))
-    return images, num_levels
+    def levels(image: Any, index: int) -> tuple[np.ndarray, int]:
+        return decoded(image, index, name(index), args, crop_seed)
+
+    first, num_levels = levels(_one(dataset, column, 0, name(0)), 0)
+
+    def fill(images: np.ndarray) -> int:
+        def fill_some(start: int) -> int:
+            stop, highest = min(start + 256, len(dataset)), 0
+            try:
+                found = dataset[start:stop][column]
+            except UNDECODABLE:  # one by one, to say which
+                found = [_one(dataset, column, index, name(index)) for index in range(start, stop)]
+            for index, image in enumerate(found, start):
+                result = levels(image, index)
+                same_kind((first, num_levels), result, name(0), name(index))
+                images[index] = result[0]
+                highest = max(highest, int(result[0].max()))
+            return highest
+
+        with ThreadPoolExecutor(args.dataloader_num_workers or os.cpu_count() or 1) as pool:
+            return max(pool.map(fill_some, range(0, len(dataset), 256)))
+
+    shape, dtype = (len(dataset), *first.shape), torch.uint8 if num_levels <= 256 else torch.int32
+    if not keeps_on_disk(args.decoded_images, math.prod(shape) * dtype.itemsize, args.memory_share):
+        images, highest = held_images(shape, dtype, fill)
+    else:
+        import datasets
+
+        folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / "decoded"
+        choices = [args.resolution, args.image_mode, args.preserve_input_precision, crop_seed]
+        key = (FORMAT_OF_DECODED, dataset._fingerprint, column, *choices)
+        images, highest = mapped_images(folder, key, shape, dtype, fill)
+    return images, num_levels, highest
 
 
-def _levels(image: Any, index: int, args: DataArguments, crop_seed: int | None) -> tuple[np.ndarray, int]:
-    """One image -> its levels (C, H, W) and their number."""
+def _one(dataset: Any, column: str, index: int, name: str) -> Any:
+    try:
+        return dataset[index][column]
+    except UNDECODABLE as error:
+        raise DataError(f"{name} cannot be decoded: {error}. Mend it, or leave it out of the data.") from error
+
+
+def same_kind(first: tuple[np.ndarray, int], other: tuple[np.ndarray, int], first_name: str, name: str) -> None:
+    """Raise DataError unless two images have one shape and one number of levels."""
+    if other[0].shape != first[0].shape:
+        raise DataError(
+            f"images have several sizes or modes: {first_name} is {_describe(first[0])}, {name} is {_describe(other[0])}. "
+            "Give --resolution (and --image_mode, e.g. RGB) to bring them to one."
+        )
+    if other[1] != first[1]:
+        raise DataError(f"{first_name} has {first[1]} levels, {name} has {other[1]}; give --image_mode.")
+
+
+def decoded(image: Any, index: int, name: str, args: DataArguments, crop_seed: int | None) -> tuple[np.ndarray, int]:
+    """One image -> its levels (C, H, W) and their number; `index` chooses the crop, `name` is for messages."""
     if not isinstance(image, PIL.Image.Image):
-        return _array_levels(image, index, args)
+        return _array_levels(image, name, args)
     if args.image_mode is not None:
         image = image.convert(args.image_mode)
     if image.mode not in _MODES and not image.mode.startswith("I;16"):
         raise DataError(
-            f"image {index} has PIL mode {image.mode}, whose levels are not known: give --image_mode, e.g. L or RGB."
+            f"{name} has PIL mode {image.mode}, whose levels are not known: give --image_mode, e.g. L or RGB."
         )
     mode, num_levels = _MODES[image.mode if image.mode in _MODES else "I;16"]
     if mode != image.mode and mode != "I;16":
@@ -297,14 +351,14 @@ def _levels(image: Any, index: int, args: DataArguments, crop_seed: int | None) 
     return (pixels[None] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)), num_levels
 
 
-def _array_levels(image: Any, index: int, args: DataArguments) -> tuple[np.ndarray, int]:
+def _array_levels(image: Any, name: str, args: DataArguments) -> tuple[np.ndarray, int]:
     """Nested lists or an array, (H, W) or (C, H, W), of 8-bit integers."""
     pixels = np.asarray(image)
     if args.resolution is not None or args.image_mode is not None:
         raise DataError("--resolution and --image_mode are for image files; this column holds arrays.")
     if pixels.dtype.kind not in "iu" or pixels.ndim not in (2, 3) or pixels.min() < 0 or pixels.max() > 255:
         raise DataError(
-            f"image {index} must be an image, or integers 0..255 of shape (H, W) or (C, H, W); it is {type(image).__name__} of "
+            f"{name} must be an image, or integers 0..255 of shape (H, W) or (C, H, W); it is {type(image).__name__} of "
             f"{pixels.dtype} with shape {pixels.shape}."
         )
     return (pixels[None] if pixels.ndim == 2 else pixels).astype(np.uint8), 256
