@@ -28,6 +28,7 @@ from diffusers.utils import logging as diffusers_logging
 from evaluating import TERMS, bits_per_dim, combined_error, draw_samples, histogram_bits_per_dim, loss_by_log_snr
 from evaluation_report import extreme_images, markdown_block, plot_steps, plot_terms, plot_weights, write_per_image
 from plots import image_grid, plot_loss_by_log_snr
+from sample_quality import SampleQualityError, inception, sample_quality
 
 from vdm_diffusers import VDMPipeline, VDMScheduler
 from vdm_diffusers.hub import Provenance
@@ -76,6 +77,11 @@ class EvaluateArguments:
     seed: int = argument(0, "Seed of times, noise and samples.")
     num_sample_images: int = argument(100, "Images in the grid of samples; 0: none.")
     num_inference_steps: int = argument(250, "Sampler steps for them.")
+    fid: bool = argument(
+        False, "Also FID and KID of samples against the evaluated images, with torchmetrics and Inception's weights."
+    )
+    fid_num_images: int = argument(10000, "Images and samples for them, at most; the split may have fewer.")
+    fid_weights: str | None = argument(None, "File of Inception's weights; none: where torch.hub keeps checkpoints.")
     baseline: bool = argument(
         True, "Also print the bits/dim of independent histograms of the training images' pixels."
     )
@@ -138,8 +144,17 @@ def table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
-def evaluate(args: EvaluateArguments, data: DataArguments) -> dict[str, Any]:
-    """Evaluate, write the results, and return what was written to evaluation.json."""
+def evaluate(
+    args: EvaluateArguments, data: DataArguments, *, fid_feature: torch.nn.Module | None = None
+) -> dict[str, Any]:
+    """Evaluate, write the results, and return what was written to evaluation.json.
+
+    Arguments:
+        fid_feature: with --fid, the network whose features are compared, (N, 3, H, W) uint8 -> (N, features); None: FID's Inception.
+    """
+    feature = None
+    if args.fid:  # what is missing is said before anything is computed
+        feature = inception(args.fid_weights) if fid_feature is None else fid_feature
     default = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     pipeline = load_pipeline(args.checkpoint, torch.device(args.device or default))
     record = training_record(args.checkpoint)
@@ -196,6 +211,20 @@ def evaluate(args: EvaluateArguments, data: DataArguments) -> dict[str, Any]:
     plot_terms(output_dir / "terms.png", result, images.num_dims)
     plot_weights(output_dir / "loss_weights.png", profile)
     del result["per_image"]  # it is in the parquet file
+    quality = None
+    if feature is not None:
+        number = min(args.fid_num_images, len(images))
+        generated = draw_samples(
+            pipeline,
+            number,
+            seed=args.seed,
+            num_inference_steps=args.num_inference_steps,
+            batch_size=args.batch_size,
+            num_classes=num_classes(pipeline.unet) if is_class_conditional(pipeline.unet) else None,
+        )
+        options = {"feature": feature, "seed": args.seed, "batch_size": args.batch_size, "device": pipeline.device}
+        quality = sample_quality(images.images[:number], generated, pipeline.config.num_levels, **options)
+        result |= {"sample_quality": dataclasses.asdict(quality)}
     (output_dir / "model_card_block.md").write_text(markdown_block(result), encoding="utf-8")
     write_json(output_dir / "evaluation.json", result | {"loss_by_log_snr": profile})
     title = f"{result['bits_per_dim']:.3f} ± {error:.3f} bits/dim"
@@ -218,6 +247,10 @@ def evaluate(args: EvaluateArguments, data: DataArguments) -> dict[str, Any]:
         (f"error of a sample of {result['num_images']} images", f"{result['sampling_error']:.4f}"),
         ("method", f"{result['method']} time, {result['num_model_evaluations']} network evaluations"),
     ]
+    if quality is not None:
+        what = f"{quality.num_images} samples in {args.num_inference_steps} steps"
+        rows.append((f"FID of {what}", f"{quality.fid:.3f}"))
+        rows.append((f"KID of {what}", f"{quality.kid:.5f} (deviation over subsets {quality.kid_deviation:.5f})"))
     if args.baseline:
         rows.append(
             ("for comparison: one histogram for each pixel", f"{result['histogram_bits_per_dim']:.4f} bits/dim")
@@ -284,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     diffusers_logging.disable_progress_bar()
     try:
         result = evaluate(args, data)
-    except (DataError, CheckpointError, ValueError) as error:
+    except (DataError, CheckpointError, SampleQualityError, ValueError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
     print(f"held-out bits/dim: {result['bits_per_dim']:.3f} +- {result['combined_error']:.3f}")
