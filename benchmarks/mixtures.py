@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vdm_diffusers.control_variates import cosine_transform
+from vdm_diffusers.frequency import cosine_transform
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +77,14 @@ class SpectralMixture:
         mean = torch.einsum("nk,kchw->nchw", self.log_components(z, log_snr).softmax(1), self.means)
         gain = alpha * self.variance / (alpha**2 * self.variance + sigma**2)
         return self.inverse(mean + gain * (z - alpha * mean))
+
+    def posterior_variance(self, z: Tensor, log_snr: Tensor) -> Tensor:
+        """Var[x | z_t] of every transformed coordinate, (N, C, H, W): its mean over z_t is E|x - x_hat|^2, with far less noise."""
+        alpha, sigma = self._alpha_sigma(log_snr)
+        weights = self.log_components(self.transform(z), log_snr).softmax(1)
+        mean, square = (torch.einsum("nk,kchw->nchw", weights, power) for power in (self.means, self.means**2))
+        total = alpha**2 * self.variance + sigma**2
+        return self.variance * sigma**2 / total + (sigma**2 / total) ** 2 * (square - mean**2).clamp(min=0)
 
     def epsilon(self, z: Tensor, log_snr: Tensor) -> Tensor:
         """The exact network's prediction of the noise, in z's dtype."""

@@ -1,15 +1,15 @@
 """How many steps does a chain need for a bound within 0.01 bits/dim of its limit? By step grid and reverse variance.
 
-The network is exact: the denoiser of a mixture of Gaussians, in 64 and in 3072 dimensions. Its E|x - x_hat|^2 is measured once against
-log SNR, with noise that the grids share; a chain's expected diffusion term then follows without further sampling,
+The network is exact: the denoiser of a mixture of Gaussians, in 64 and in 3072 dimensions. Its E|x - x_hat|^2 in each band of the cosine
+transform is measured on fresh images at 257 log SNRs; a chain's expected diffusion term then follows without further sampling,
 
-    sum over the steps of D/2 (SNR_s - SNR_t) mse_t        with the posterior variance,
-    sum over the steps of D/2 ln(1 + (SNR_s - SNR_t) mse_t) with the optimal scalar variance,
-    the same sum over the frequencies of a cosine transform  with the optimal variance of each radial band,
+    sum over the steps and frequencies of 1/2 [r - 1 - ln r + (coefficient of x)^2 mse_t / variance],    r = posterior variance / variance
 
-and the limit is the integral. Prior and reconstruction are the same for all chains with the same two ends.
+with the variances that the library's table gives: 64 log SNRs measured on other images, as `estimate_optimal_variance` does, which the grids of
+the dynamic programming see too. The limit is the integral 1/2 SNR mse, and is compared with the mutual information. Prior
+and reconstruction are the same for all chains with the same two ends.
 
-    python benchmarks/steps_for_gap.py [--num_samples 256] [--output steps_for_gap.json]
+    python benchmarks/steps_for_gap.py [--num_samples 1024] [--output steps_for_gap.json]
 """
 
 from __future__ import annotations
@@ -24,36 +24,60 @@ import torch
 from mixtures import SpectralMixture
 from torch import Tensor
 
+from vdm_diffusers.frequency import RadialBands
+from vdm_diffusers.gaussian import posterior_coefficients
 from vdm_diffusers.noise_schedules import CosineSchedule, TabulatedNoiseSchedule
-from vdm_diffusers.reverse_variance import OptimalVariance, expected_step_nats, optimal_grid
+from vdm_diffusers.reverse_variance import OptimalVariance, continuous_nats, shortest_path, step_costs
 
 LOG_SNR_MAX, LOG_SNR_MIN, GAP = 13.3, -5.0, 0.01
+VARIANCES = ("posterior", "optimal", "per frequency")
 
 
-def band_index(shape: tuple[int, int, int], bands: int = 32) -> Tensor:
-    """(D,) the radial band of every coefficient of the cosine transform, counted by channel."""
-    channels, height, width = shape
-    radius = torch.sqrt(
-        (torch.arange(height)[:, None] / height) ** 2 + (torch.arange(width) / width) ** 2
-    ) / math.sqrt(2)
-    band = (radius * min(bands, max(height, width))).floor().long().clamp(max=bands - 1).flatten()
-    return torch.cat([band + channel * bands for channel in range(channels)])
+def measure(data: SpectralMixture, num_knots: int, num_samples: int, seed: int) -> OptimalVariance:
+    """E|x - x_hat|^2 of every band, as E Var[x | z_t], with the same images and noise at all log SNRs."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = tuple(data.variance.shape)
+    bands = RadialBands.of(*shape[1:])
+    knots = torch.linspace(LOG_SNR_MIN, LOG_SNR_MAX, num_knots, dtype=torch.float64)
+    sums = torch.zeros(num_knots, shape[0], len(bands.counts), dtype=torch.float64)
+    for part in torch.arange(num_samples).split(256):
+        x = data.sample(len(part), generator)
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        for i, log_snr in enumerate(knots):
+            alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+            variance = data.posterior_variance(alpha * x + sigma * noise, log_snr.expand(len(x)))
+            sums[i] += bands.sums(variance.sum(0))
+    return OptimalVariance(knots, sums / num_samples / bands.counts, shape)
 
 
-def measure(data: SpectralMixture, log_snrs: Tensor, num_samples: int, band: Tensor) -> tuple[Tensor, Tensor]:
-    """E|x - x_hat|^2 / D at log SNRs (K,): (K,) and by band (K, bands), with the same images and noise at all of them."""
-    generator = torch.Generator().manual_seed(1)
+def information(data: SpectralMixture, num_samples: int, seed: int) -> tuple[float, float]:
+    """I(x; z_0) - I(x; z_1) in nats for each dimension, which is what the limit should be, and its standard error."""
+    generator = torch.Generator().manual_seed(seed)
     x = data.sample(num_samples, generator)
     noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-    counts = band.bincount().clamp(min=1)
-    by_band = []
-    for log_snr in log_snrs:
-        alpha, sigma = torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
-        error = data.transform(data.denoise(alpha * x + sigma * noise, log_snr.expand(len(x))) - x)
-        sums = torch.zeros(len(counts), dtype=torch.float64).index_add_(0, band, (error.flatten(1) ** 2).mean(0))
-        by_band.append(sums / counts)
-    result = torch.stack(by_band)
-    return result @ (counts / counts.sum()).double(), result
+    values = []
+    for log_snr in (torch.tensor(LOG_SNR_MAX), torch.tensor(LOG_SNR_MIN)):
+        log_snr = log_snr.double().expand(num_samples)
+        alpha, sigma = torch.sigmoid(log_snr[0]).sqrt(), torch.sigmoid(-log_snr[0]).sqrt()
+        # E ln q(z | x) is known; the noise's own length would only add to the error
+        given_x = -0.5 * data.num_dims * (1 + math.log(2 * math.pi) + 2 * float(sigma.log()))
+        values.append(given_x - data.log_density(alpha * x + sigma * noise, log_snr))
+    difference = (values[0] - values[1]) / data.num_dims
+    return float(difference.mean()), float(difference.std()) / math.sqrt(num_samples)
+
+
+def chain_nats(grid: Tensor, truth: OptimalVariance, table: OptimalVariance | None) -> float:
+    """The expected diffusion term of a chain for one dimension, in nats: with the table's variances, or the posterior's."""
+    s, t = grid[:-1], grid[1:]
+    if table is None:
+        return float(truth.step_nats(s, t, "posterior").sum())
+    posterior = posterior_coefficients(t, s)
+    least, square = posterior.variance[:, None, None], posterior.x[:, None, None] ** 2
+    variance = table.variance(s, t)
+    if table.shape is None:
+        variance = variance[:, None, None]
+    r = least / variance
+    return float(truth.mean(0.5 * (r - 1 - r.log() + square * truth.at(t) / variance)).sum())
 
 
 def smallest(cost: Callable[[int], float], limit: float, most: int) -> int | None:
@@ -73,16 +97,15 @@ def smallest(cost: Callable[[int], float], limit: float, most: int) -> int | Non
 def run(shape: tuple[int, int, int], num_samples: int) -> dict[str, dict[str, int | None]]:
     """Steps by grid and variance."""
     data = SpectralMixture.make(shape)
-    band = band_index(shape)
-    counts = band.bincount().double()
-    knots = torch.linspace(LOG_SNR_MIN, LOG_SNR_MAX, 200, dtype=torch.float64)
-    mse, by_band = measure(data, knots, num_samples, band)
-    scalar = OptimalVariance(knots, mse)
-    bands = [OptimalVariance(knots, by_band[:, i]) for i in range(len(counts)) if counts[i] > 0]
-    share = counts[counts > 0] / counts.sum()
-    fine = torch.linspace(LOG_SNR_MAX, LOG_SNR_MIN, 200_001, dtype=torch.float64)
-    value = fine.exp() * scalar.at(fine)
-    limit = float(torch.trapezoid(value.flip(0), fine.flip(0)) / 2)
+    truth = measure(data, 257, num_samples, seed=1)
+    by_band = measure(data, 64, num_samples, seed=2)
+    tables = {"posterior": None, "optimal": by_band.overall, "per frequency": by_band}
+    limit = continuous_nats(truth, LOG_SNR_MAX, LOG_SNR_MIN)
+    exact, error = information(data, num_samples, seed=3)
+    print(
+        f"\n{math.prod(shape)} dimensions: the limit is {limit / math.log(2):.4f} bits/dim "
+        f"(information: {exact / math.log(2):.4f} +- {error / math.log(2):.4f})"
+    )
 
     def uniform_log_snr(steps: int) -> Tensor:
         return torch.linspace(LOG_SNR_MAX, LOG_SNR_MIN, steps + 1, dtype=torch.float64)
@@ -100,27 +123,22 @@ def run(shape: tuple[int, int, int], num_samples: int) -> dict[str, dict[str, in
     linear_table = TabulatedNoiseSchedule(-exponent - torch.log(-torch.expm1(-exponent)))
     cosine = CosineSchedule(math.inf, -math.inf)
     candidates = uniform_log_snr(1536)
-
-    def per_step(grid: Tensor, kind: str) -> float:
-        s, t = grid[:-1], grid[1:]
-        if kind == "per frequency":
-            return float(sum(w * expected_step_nats(s, t, b.at(t)).sum() for w, b in zip(share, bands, strict=True)))
-        return float(expected_step_nats(s, t, scalar.at(t), kind).sum())
-
+    costs = {
+        kind: step_costs(by_band if kind == "per frequency" else by_band.overall, candidates, variance)
+        for kind, variance in zip(VARIANCES, ("posterior", "optimal", "optimal"), strict=True)
+    }
     grids = {
         "time, linear beta": lambda n, kind: within(linear_table, n),
         "time, cosine": lambda n, kind: within(cosine, n),
         "log SNR": lambda n, kind: uniform_log_snr(n),
-        "dynamic programming": lambda n, kind: optimal_grid(
-            scalar, n, candidates, variance="posterior" if kind == "posterior" else "optimal"
-        ),
+        "dynamic programming": lambda n, kind: candidates[shortest_path(costs[kind], n)],
     }
     table: dict[str, dict[str, int | None]] = {}
     for name, grid in grids.items():
         most = 600 if name == "dynamic programming" else 20_000
         table[name] = {
-            kind: smallest(lambda n, g=grid, k=kind: per_step(g(n, k), k), limit, most)
-            for kind in ("posterior", "optimal", "per frequency")
+            kind: smallest(lambda n, g=grid, k=kind: chain_nats(g(n, k), truth, tables[k]), limit, most)
+            for kind in VARIANCES
         }
     return table
 
@@ -128,13 +146,16 @@ def run(shape: tuple[int, int, int], num_samples: int) -> dict[str, dict[str, in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--num_samples", type=int, default=256, help="images that the mean squared errors are measured on"
+        "--num_samples", type=int, default=1024, help="images that the mean squared errors are measured on"
     )
+    parser.add_argument("--dims", type=int, nargs="+", default=[64, 3072], choices=[64, 3072])
     parser.add_argument("--output", type=Path, help="write the table as JSON too")
     arguments = parser.parse_args()
     results = {}
     for shape in ((1, 8, 8), (3, 32, 32)):
         num_dims = math.prod(shape)
+        if num_dims not in arguments.dims:
+            continue
         results[str(num_dims)] = table = run(shape, arguments.num_samples)
         print(
             f"\nsteps for a gap below {GAP} bits/dim, {num_dims} dimensions (-: more than 20000, DP: more than 600)\n"

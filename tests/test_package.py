@@ -28,6 +28,7 @@ CORE = [
     "score",
     "time_sampling",
     "adaptive_time_sampling",
+    "frequency",
     "control_variates",
     "decoders",
     "elbo",

@@ -417,7 +417,7 @@ def test_optimal_variance():
     small = VDMScheduler(**LOG_SNR)
     for s in (scheduler, small):
         s.set_timesteps(log_snrs=[-4.5, -2.0, 5.0, 12.0])
-    for t, mse in zip(scheduler.timesteps, [1.0, 0.75, 0.375, 0.25], strict=True):
+    for t, mse in zip(scheduler.timesteps, [1.0, 0.5**0.5, 0.125**0.5, 0.25], strict=True):
         c = posterior_coefficients(scheduler.log_snr(t), scheduler.log_snr(scheduler.previous_timestep(t)))
         expected = c.variance + c.x**2 * mse
         assert float(scheduler._get_variance(t)) == pytest.approx(float(expected), rel=1e-6)

@@ -33,6 +33,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .frequency import cosine_transform
 from .gaussian import alpha_sigma
 
 _FULL_BASIS = 512  # up to so many dimensions the basis is that of the data's own covariance
@@ -355,14 +356,6 @@ def hat_weights(knots: Tensor, log_snr: Tensor) -> Tensor:
     weights[rows, right - 1] = 1 - fraction
     weights[rows, right] = fraction
     return weights
-
-
-def cosine_transform(n: int) -> Tensor:
-    """The orthonormal DCT-II matrix, (n, n) float64: row k holds cos(pi k (j + 1/2) / n)."""
-    k, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
-    matrix = torch.cos(math.pi * k * (j + 0.5) / n) * math.sqrt(2 / n)
-    matrix[0] /= math.sqrt(2)
-    return matrix
 
 
 def gauss_legendre(edges: Tensor, order: int = 8) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ from .decoders import (
     softmax_log_likelihood,
 )
 from .elbo import discrete_weight_x, prior_kl
-from .gaussian import alpha_sigma, diffuse, posterior_coefficients
+from .frequency import RadialBands
+from .gaussian import alpha_sigma, diffuse, posterior_coefficients, variance_divergence
 from .numerics import as_float64, expand_to, sum_except_batch
 from .prediction import PredictionType, convert, loss_weight_ratio, prediction_target
 from .repetitions import Budget, Runner, mix_seed, repeat, run_all
@@ -208,17 +209,15 @@ class DenoisingModel:
         x_hat = convert(value, z_t, log_snr, source=self.prediction_type, target="sample")
         return x_hat.clamp(-1, 1) if self.clip_denoised else x_hat
 
-    def squared_error(
-        self, value: Tensor, x: Tensor, noise: Tensor, z_t: Tensor, log_snr: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The elementwise squared error of the prediction, (M, C, ...), and the factor (M,) that makes it one of x_hat.
+    def error(self, value: Tensor, x: Tensor, noise: Tensor, z_t: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
+        """The elementwise error of the prediction, (M, C, ...), and the factor (M,) that makes its square one of x_hat.
 
         The error is formed in the network's own terms, where it suffers no cancellation.
         """
         if self.clip_denoised:
-            return (self.denoised(value, z_t, log_snr) - x) ** 2, torch.ones_like(log_snr)
+            return self.denoised(value, z_t, log_snr) - x, torch.ones_like(log_snr)
         target = prediction_target(x, noise, log_snr, self.prediction_type)
-        return (value - target) ** 2, loss_weight_ratio(log_snr, source=self.prediction_type, target="sample")
+        return value - target, loss_weight_ratio(log_snr, source=self.prediction_type, target="sample")
 
 
 # --- the diffusion term ------------------------------------------------------------------------------------------------
@@ -255,8 +254,8 @@ class DiffusionTerm(ABC):
         """The highest and the lowest log SNR."""
 
     @abstractmethod
-    def nats(self, site: Tensor, square: Tensor, to_x: Tensor, variance: Tensor | None) -> Tensor:
-        """The integrand: (M,) nats, from the squared error (M, C, ...) and its factor (see `squared_error`)."""
+    def nats(self, site: Tensor, error: Tensor, to_x: Tensor, variance: Tensor | None) -> Tensor:
+        """The integrand: (M,) nats, from the error (M, C, ...) and its factor (see `DenoisingModel.error`)."""
 
 
 @dataclass(frozen=True)
@@ -305,8 +304,8 @@ class ContinuousTerm(DiffusionTerm):
     def log_snr_range(self) -> tuple[float, float]:
         return self.log_snr_max, self.log_snr_min
 
-    def nats(self, site: Tensor, square: Tensor, to_x: Tensor, variance: Tensor | None) -> Tensor:
-        return 0.5 * site.exp() * to_x * sum64(square)
+    def nats(self, site: Tensor, error: Tensor, to_x: Tensor, variance: Tensor | None) -> Tensor:
+        return 0.5 * site.exp() * to_x * sum64(error**2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -317,7 +316,8 @@ class DiscreteTerm(DiffusionTerm):
         grid: (K + 1,) decreasing log SNRs, from the decoder's to the prior's; the last may be -inf.
         reverse_variance: 'posterior', 'forward', 'optimal', or what the network's second half of channels means:
             'learned', 'learned_range'.
-        optimal: the mean squared errors that 'optimal' needs.
+        optimal: the mean squared errors that 'optimal' needs. With one for each band of frequencies the reverse variance is diagonal
+            in the cosine transform, in whose coordinates both Gaussians of a step's KL factorise.
     """
 
     grid: Tensor
@@ -360,15 +360,37 @@ class DiscreteTerm(DiffusionTerm):
         sites = torch.arange(1.0, self.num_steps + 1, dtype=torch.float64)
         return sites, torch.ones_like(sites)
 
-    def _scale_x(self, site: Tensor) -> Tensor:
-        """Nats for a unit of |x - x_hat|^2."""
+    @property
+    def bands(self) -> RadialBands | None:
+        """The bands of frequencies that have reverse variances of their own."""
+        return None if self.optimal is None or self.optimal.shape is None else self.optimal.bands
+
+    def coordinates(self, error: Tensor) -> Tensor:
+        """Differences of images (M, C, ...) in coordinates in which the reverse variance is diagonal, float64 where there is one."""
+        if self.optimal is None or self.bands is None:
+            return as_float64(error)
+        self.optimal.check_shape(error.shape[1:])
+        return self.bands.transform(as_float64(error))
+
+    def _weight_x(self, site: Tensor) -> Tensor:
+        """Nats for a unit of (x - x_hat)^2 in any coordinate: (M,), or (M, C, bands)."""
         s, t = self.grid[site.long() - 1], self.grid[site.long()]
         if self.reverse_variance in ("posterior", "learned", "learned_range"):  # 1/2 (SNR_s - SNR_t)
             return discrete_weight_x(s, t)
-        return 0.5 * posterior_coefficients(t, s).x ** 2 / self.variance(site)
+        variance = self.variance(site)
+        return 0.5 * (posterior_coefficients(t, s).x ** 2).reshape(-1, *[1] * (variance.ndim - 1)) / variance
+
+    def _scale_x(self, site: Tensor) -> Tensor:
+        """Nats for a unit of |x - x_hat|^2, (M,): in the mean, where frequencies differ."""
+        weight = self._weight_x(site)
+        if self.optimal is None or self.bands is None:
+            return weight
+        mse = self.optimal.at(self.grid[site.long()])
+        mse = mse + 1e-12 * mse.amax((1, 2), keepdim=True) + 1e-300  # an exact network of known images has none
+        return self.optimal.mean(weight * mse) / self.optimal.mean(mse)
 
     def variance(self, site: Tensor) -> Tensor:
-        """The scalar reverse variance at a site (of learned ones: the posterior's)."""
+        """The reverse variance at sites (M,), of learned ones the posterior's: (M,), or (M, C, bands)."""
         s, t = self.grid[site.long() - 1], self.grid[site.long()]
         if self.optimal is not None:
             return self.optimal.variance(s, t)
@@ -381,20 +403,24 @@ class DiscreteTerm(DiffusionTerm):
     def constant(self, site: Tensor, num_dims: int) -> Tensor:
         if self.reverse_variance in ("posterior", "learned", "learned_range"):
             return torch.zeros_like(site)
+        variance = self.variance(site)
         posterior = posterior_variance(self.grid[site.long() - 1], self.grid[site.long()])
-        excess = (posterior - self.variance(site)) / self.variance(site)
-        return 0.5 * num_dims * (excess - torch.log1p(excess))
+        divergence = variance_divergence(posterior.reshape(-1, *[1] * (variance.ndim - 1)), variance)
+        return 0.5 * num_dims * (divergence if self.optimal is None else self.optimal.mean(divergence))
 
-    def nats(self, site: Tensor, square: Tensor, to_x: Tensor, variance: Tensor | None) -> Tensor:
+    def nats(self, site: Tensor, error: Tensor, to_x: Tensor, variance: Tensor | None) -> Tensor:
+        if self.bands is not None:
+            sums = self.bands.sums(self.coordinates(error) ** 2).to("cpu", torch.float64)
+            return self.constant(site, error[0].numel()) + to_x * (self._weight_x(site) * sums).sum((1, 2))
         if self.reverse_variance not in ("learned", "learned_range"):
-            return self.constant(site, square[0].numel()) + self._scale_x(site) * to_x * sum64(square)
+            return self.constant(site, error[0].numel()) + self._scale_x(site) * to_x * sum64(error**2)
         if variance is None:
             raise ValueError("a learned reverse variance needs a network that predicts it.")
         s, t = self.grid[site.long() - 1], self.grid[site.long()]
         posterior = posterior_coefficients(t, s)
         reverse = learned_variance_of(variance, self.reverse_variance, posterior.variance, forward_variance(s, t))
         ratio = expand_to(posterior.variance, reverse) / reverse
-        return 0.5 * sum64(ratio - 1 - ratio.log() + expand_to(posterior.x**2 * to_x, reverse) * square / reverse)
+        return 0.5 * sum64(ratio - 1 - ratio.log() + expand_to(posterior.x**2 * to_x, reverse) * error**2 / reverse)
 
 
 # --- decoders ----------------------------------------------------------------------------------------------------------
@@ -787,8 +813,8 @@ def _evaluate_block(
         own, at, ell = layout.is_decoder[column], site[index, column], log_snr[index, column]
         z_t = diffuse(x, noise, ell)
         value, variance = model.outputs(z_t, ell, index)
-        square, to_x = model.squared_error(value, x, noise, z_t, ell)
-        nats = problem.term.nats(at, square, to_x, variance)
+        error, to_x = model.error(value, x, noise, z_t, ell)
+        nats = problem.term.nats(at, error, to_x, variance)
         if isinstance(decoder, GaussianDecoder) and bool(own.any()):
             mine = own.to(device)
             nats[own] = decoder.nats(
@@ -798,7 +824,7 @@ def _evaluate_block(
                 None if variance is None else variance[mine],
             ).to("cpu", torch.float64)
         features = problem.controls.features(x, k, noise, z_t, ell)
-        result[:, row, column] = torch.cat([torch.stack([nats, ell.exp() * to_x * sum64(square)]), features])
+        result[:, row, column] = torch.cat([torch.stack([nats, ell.exp() * to_x * sum64(error**2)]), features])
         if problem.progress is not None:
             problem.progress(len(flat))
     return result
@@ -982,25 +1008,45 @@ def measure_mse(
     knots: Tensor,
     *,
     num_samples: int,
+    per_frequency: bool = False,
+    analytic: bool = False,
     batch_size: int = 256,
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Callable[[int], object] | None = None,
 ) -> OptimalVariance:
-    """E|x - x_hat|^2 / D at the given log SNRs (K,), each averaged over equally many evaluations, `num_samples` an image.
+    r"""E|x - x_hat|^2 / D at the given log SNRs (K,), each averaged over equally many evaluations, `num_samples` an image.
 
+    Arguments:
+        per_frequency: for each radial band of the cosine transform of each channel of images (N, C, H, W), not for all together.
+        analytic: from the network's answers alone, as if it were exact: E Cov[x | z_t] = sigma^2/alpha^2 (1 - E eps_hat^2), clipped
+            to what data in [-1, 1] can have. The 1 is estimated by the square of the noise that is in z_t, which takes most of the
+            variance away. Otherwise from the errors of x_hat, which is right for every network.
     Raises:
-        ValueError: fewer evaluations than knots.
+        ValueError: fewer evaluations than knots; per_frequency and images that are not (N, C, H, W).
+    Source: Bao et al. 2022, "Analytic-DPM", theorem 1 (analytic); Bao et al. 2022, "Estimating the Optimal Covariance with Imperfect
+        Mean", theorem 3 (errors).
     """
     count, total = len(levels), len(levels) * num_samples
     if total < len(knots):
         raise ValueError(
             f"{len(knots)} log SNRs need as many evaluations at least, got {count} images x {num_samples}."
         )
+    if per_frequency and levels.ndim != 4:
+        raise ValueError(f"`per_frequency` needs images (N, C, H, W), got shape {tuple(levels.shape)}.")
+    bands = RadialBands.of(*levels.shape[2:]) if per_frequency else None
+
+    def squares(value: Tensor) -> Tensor:
+        """(M,), or (M, C, bands) float64 on the CPU."""
+        if bands is None:
+            return sum64(value**2)
+        return bands.sums(bands.transform(as_float64(value)) ** 2).to("cpu", torch.float64)
+
     # an image's evaluations are spread over the knots, and every knot sees images from everywhere
     position = torch.arange(total).reshape(num_samples, count).T.flatten()
     index_of_knot = position * len(knots) // total
-    sums, number = torch.zeros(len(knots), dtype=torch.float64), index_of_knot.bincount(minlength=len(knots))
+    shape = (len(knots),) if bands is None else (len(knots), levels.shape[1], len(bands.counts))
+    sums, number = torch.zeros(shape, dtype=torch.float64), index_of_knot.bincount(minlength=len(knots))
     for flat in torch.arange(total).split(batch_size):
         index, column = flat // num_samples, flat % num_samples
         k = levels[index].to(device)
@@ -1009,11 +1055,22 @@ def measure_mse(
         log_snr = knots[index_of_knot[flat]]
         z_t = diffuse(x, noise, log_snr)
         value, _ = model.outputs(z_t, log_snr, index)
-        square, to_x = model.squared_error(value, x, noise, z_t, log_snr)
-        sums.index_add_(0, index_of_knot[flat], to_x * sum64(square))
+        if analytic:
+            eps_hat = convert(value, z_t, log_snr, source=model.prediction_type, target="epsilon")
+            square, to_x = squares(noise) - squares(eps_hat), torch.exp(-log_snr)
+        else:
+            error, to_x = model.error(value, x, noise, z_t, log_snr)
+            square = squares(error)
+        sums.index_add_(0, index_of_knot[flat], to_x.reshape(-1, *[1] * (square.ndim - 1)) * square)
         if progress is not None:
             progress(len(flat))
-    return OptimalVariance(knots, sums / number / levels[0].numel())
+    mse = sums / number.reshape(-1, *[1] * (sums.ndim - 1)) / (levels[0].numel() if bands is None else bands.counts)
+    if analytic:  # a frequency of H W pixels in [-1, 1] may hold the power of all of them
+        largest = math.inf if model.num_levels is None else 1 if bands is None else levels[0, 0].numel()
+        mse = mse.clamp(0, largest)
+    return OptimalVariance(
+        knots, mse, None if bands is None else cast("tuple[int, int, int]", tuple(levels.shape[1:]))
+    )
 
 
 def evaluate_importance_weighted(
@@ -1117,14 +1174,17 @@ def _chain_log_weights(
         s, t = term.grid[site - 1], term.grid[site]
         log_snr = t.expand(len(x))
         value, output = model.outputs(z, log_snr, index)
-        difference = as_float64(x - model.denoised(value, z, log_snr))
+        difference = x - model.denoised(value, z, log_snr)
         posterior = posterior_coefficients(t, s)
         if output is not None:
             reverse = learned_variance_of(output, term.reverse_variance, posterior.variance, forward_variance(s, t))
         else:
-            reverse = expand_to(term.variance(at).to(difference.device), difference)
+            reverse = term.variance(at[:1]).to(difference.device)
+            reverse = expand_to(reverse, difference) if term.bands is None else term.bands.spread(reverse)
         noise = draw()
-        excess = float(posterior.variance.sqrt()) * as_float64(noise) + float(posterior.x) * difference
+        excess = term.coordinates(
+            float(posterior.variance.sqrt()) * as_float64(noise) + float(posterior.x) * as_float64(difference)
+        )
         ratio = float(posterior.variance) / reverse + torch.zeros_like(excess)
         log_weight += 0.5 * sum64(as_float64(noise) ** 2 - excess**2 / reverse + ratio.log())
         z = float(posterior.z) * z + float(posterior.x) * x + float(posterior.variance.sqrt()) * noise

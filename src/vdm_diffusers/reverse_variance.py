@@ -18,11 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import cached_property
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
+from .frequency import RadialBands
 from .gaussian import posterior_coefficients, transition_coefficients
 from .numerics import as_float64, compute_dtype, expand_to
 
@@ -54,21 +56,39 @@ def learned_range_variance(fraction: Tensor, low: Tensor | float, high: Tensor |
 
 @dataclass(frozen=True, eq=False)
 class OptimalVariance:
-    """mse(log_snr) = E|x - x_hat|^2 / D of a network, from which the optimal reverse variance follows.
+    """mse(log_snr) = E|x - x_hat|^2 / D of a network, from which the optimal reverse variance follows: one number, or one for each
+    radial band of the cosine transform of each channel (`frequency.RadialBands`), of images of one size.
+
+    The step's optimal variance among all that are diagonal in the cosine transform and equal within a band is
+    posterior + (coefficient of x)^2 mse_band, for any network.
 
     Attributes:
-        log_snr: (K,) increasing. mse: (K,), not negative: linear in between, constant outside.
+        log_snr: (K,) increasing.
+        mse: (K,), or (K, C, bands), not negative: ln mse is linear in between (mse itself next to zeros), constant outside.
+        shape: (C, H, W) of the images, with a mse for each band; else None.
     Raises:
         ValueError: lists that do not fit, log SNRs that are not distinct and finite, or a negative mse.
     """
 
     log_snr: Tensor
     mse: Tensor
+    shape: tuple[int, int, int] | None = None
 
     def __post_init__(self) -> None:
         log_snr, mse = as_float64(self.log_snr).cpu(), as_float64(self.mse).cpu()
-        if log_snr.ndim != 1 or log_snr.shape != mse.shape or len(mse) == 0 or not bool(log_snr.isfinite().all()):
-            raise ValueError("`log_snr` and `mse` must be two lists of one length, of finite numbers.")
+        rest: tuple[int, ...] = ()
+        if self.shape is not None:
+            if len(self.shape) != 3 or min(self.shape) < 1:
+                raise ValueError(f"`shape` must be that of an image, (C, H, W), got {self.shape}.")
+            object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+            rest = (self.shape[0], len(self.bands.counts))
+        if log_snr.ndim != 1 or mse.shape != (*log_snr.shape, *rest) or len(mse) == 0:
+            each = f", {rest[0]} channels x {rest[1]} bands of shape {self.shape}" if rest else ""
+            raise ValueError(
+                f"`log_snr` and `mse` must be two lists of one length{each}, got shapes {tuple(log_snr.shape)} and {tuple(mse.shape)}."
+            )
+        if not (bool(log_snr.isfinite().all()) and bool(mse.isfinite().all())):
+            raise ValueError("`log_snr` and `mse` must be finite numbers.")
         log_snr, order = log_snr.sort()
         mse = mse[order]
         if not (bool((mse >= 0).all()) and bool((log_snr.diff() > 0).all())):
@@ -77,27 +97,80 @@ class OptimalVariance:
         object.__setattr__(self, "mse", mse)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Sequence[float]]) -> OptimalVariance:
-        """From the scheduler's config key `optimal_variance`: {"log_snr": [...], "mse": [...]}."""
-        return cls(*(torch.tensor(config[key], dtype=torch.float64) for key in ("log_snr", "mse")))
+    def from_config(cls, config: Mapping[str, Any]) -> OptimalVariance:
+        """From the scheduler's config key `optimal_variance`: {"log_snr": [...], "mse": [...]}, besides "shape": [C, H, W] with bands."""
+        try:
+            log_snr, mse = (torch.tensor(config[key], dtype=torch.float64) for key in ("log_snr", "mse"))
+            shape = None if config.get("shape") is None else tuple(config["shape"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                "`optimal_variance` must hold two lists of one length, `log_snr` and `mse` (with one entry for each channel and "
+                "band if there is a `shape`): what estimate_optimal_variance(...) returns."
+            ) from error
+        return cls(log_snr, mse, cast("tuple[int, int, int] | None", shape))
 
-    def to_config(self) -> dict[str, list[float]]:
+    def to_config(self) -> dict[str, list[Any]]:
         """JSON primitives for the scheduler's config."""
-        return {"log_snr": self.log_snr.tolist(), "mse": self.mse.tolist()}
+        config = {"log_snr": self.log_snr.tolist(), "mse": self.mse.tolist()}
+        return config if self.shape is None else {**config, "shape": list(self.shape)}
+
+    @cached_property
+    def bands(self) -> RadialBands:
+        """The bands of images of `shape`; of one frequency without."""
+        return RadialBands.of(*(self.shape or (1, 1, 1))[1:])
+
+    @property
+    def overall(self) -> OptimalVariance:
+        """One number for all frequencies: the mean of the bands."""
+        return OptimalVariance(self.log_snr, self.mean(self.mse))
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over all frequencies of values (..., C, bands): (...). Without bands the values themselves."""
+        return values if self.shape is None else (values @ (self.bands.counts / self.bands.counts.sum())).mean(-1)
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise ValueError unless images of `shape` (C, H, W) are those whose bands were measured."""
+        if self.shape is not None and tuple(shape) != self.shape:
+            raise ValueError(
+                f"the scheduler's `optimal_variance` was measured for each frequency of images of shape {self.shape}, got "
+                f"{tuple(shape)}. Measure it again at this size, or without per_frequency=True."
+            )
 
     def at(self, log_snr: Tensor) -> Tensor:
-        """The mse at log SNRs of any shape, infinite ones included."""
-        inside = log_snr.clamp(float(self.log_snr[0]), float(self.log_snr[-1]))
+        """The mse at log SNRs of any shape, infinite ones included: (...), or (..., C, bands)."""
+        log_snr = as_float64(log_snr).cpu()
         if len(self.log_snr) == 1:
-            return self.mse.expand(log_snr.shape)
+            return self.mse[0].expand(log_snr.shape + self.mse.shape[1:])
+        inside = log_snr.clamp(float(self.log_snr[0]), float(self.log_snr[-1]))
         right = torch.searchsorted(self.log_snr, inside.contiguous()).clamp(1, len(self.log_snr) - 1)
         fraction = (inside - self.log_snr[right - 1]) / (self.log_snr[right] - self.log_snr[right - 1])
-        return torch.lerp(self.mse[right - 1], self.mse[right], fraction)
+        fraction = fraction.reshape(fraction.shape + (1,) * (self.mse.ndim - 1))
+        low, high = self.mse[right - 1], self.mse[right]
+        return torch.where(
+            (low > 0) & (high > 0), low ** (1 - fraction) * high**fraction, torch.lerp(low, high, fraction)
+        )
 
     def variance(self, log_snr_s: Tensor | float, log_snr_t: Tensor | float) -> Tensor:
-        """posterior variance + (coefficient of x)^2 mse(log_snr_t), float64."""
+        """posterior variance + (coefficient of x)^2 mse(log_snr_t), float64: (...), or (..., C, bands)."""
         coefficients = posterior_coefficients(log_snr_t, log_snr_s)
-        return coefficients.variance + coefficients.x**2 * self.at(as_float64(log_snr_t))
+        mse = self.at(as_float64(log_snr_t))
+        added = (1,) * (self.mse.ndim - 1)
+        square, least = (v.reshape(v.shape + added) for v in (coefficients.x**2, coefficients.variance))
+        return least + square * mse
+
+    def step_nats(
+        self, log_snr_s: Tensor, log_snr_t: Tensor, variance: Literal["posterior", "optimal"] = "optimal"
+    ) -> Tensor:
+        """A step's expected KL for one dimension, the mean over the frequencies, in nats. The log SNRs broadcast."""
+        mse = self.at(log_snr_t)
+        if self.shape is None or variance == "posterior":
+            return expected_step_nats(log_snr_s, log_snr_t, self.mean(mse), variance)
+        weight = (self.bands.counts / (self.bands.counts.sum() * self.shape[0])).tolist()
+        total = torch.zeros(torch.broadcast_shapes(log_snr_s.shape, log_snr_t.shape), dtype=torch.float64)
+        for channel in range(self.shape[0]):  # one band at a time: the grid's search has a matrix of log SNRs
+            for band, w in enumerate(weight):
+                total += w * expected_step_nats(log_snr_s, log_snr_t, mse[..., channel, band])
+        return total
 
 
 def expected_step_nats(
@@ -117,7 +190,7 @@ def continuous_nats(
     """The limit of many steps for one dimension, 1/2 integral of SNR mse d log_snr, by the midpoint rule: nats."""
     edges = torch.linspace(log_snr_min, log_snr_max, num_points + 1, dtype=torch.float64)
     middle = (edges[1:] + edges[:-1]) / 2
-    return float((middle.exp() * optimal.at(middle)).mean()) * (log_snr_max - log_snr_min) / 2
+    return float((middle.exp() * optimal.mean(optimal.at(middle))).mean()) * (log_snr_max - log_snr_min) / 2
 
 
 def optimal_grid(
@@ -139,13 +212,24 @@ def optimal_grid(
     Source: Bao et al. 2022, "Analytic-DPM", section 4; Watson et al. 2021.
     """
     candidates = as_float64(candidates)
-    count = len(candidates)
+    return candidates[shortest_path(step_costs(optimal, candidates, variance), num_steps)]
+
+
+def step_costs(
+    optimal: OptimalVariance, candidates: Tensor, variance: Literal["posterior", "optimal"] = "optimal"
+) -> Tensor:
+    """(M, M) the expected nats a dimension of a step to candidate [row] from candidate [column], infinite unless row < column."""
+    step = optimal.step_nats(candidates[:, None], candidates, variance)
+    return torch.where(torch.ones_like(step, dtype=torch.bool).triu(1), step, math.inf)
+
+
+def shortest_path(step: Tensor, num_steps: int) -> Tensor:
+    """(num_steps + 1,) the indices of the cheapest path of so many steps from the first to the last candidate; see `optimal_grid`."""
+    count = len(step)
     if not 1 <= num_steps < count:
         raise ValueError(
             f"`num_steps` must lie in 1..{count - 1}, one less than there are candidates, got {num_steps}."
         )
-    step = expected_step_nats(candidates[:, None], candidates, optimal.at(candidates), variance)
-    step = torch.where(torch.ones(count, count, dtype=torch.bool).triu(1), step, math.inf)  # s before t
     cost, previous = step[0], []
     for _ in range(num_steps - 1):
         cost, best = (cost[:, None] + step).min(dim=0)
@@ -153,4 +237,4 @@ def optimal_grid(
     path = [count - 1]
     for best in reversed(previous):
         path.append(int(best[path[-1]]))
-    return candidates[torch.tensor([0, *reversed(path)])]
+    return torch.tensor([0, *reversed(path)])

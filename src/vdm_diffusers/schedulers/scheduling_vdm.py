@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -31,9 +31,11 @@ from ..noise_schedules import (
 )
 from ..numerics import as_float64, compute_dtype, expand_to, linear_combination, on_host
 from ..prediction import PredictionType, check_prediction_type, conversion_coefficients, convert
+from ..reverse_variance import OptimalVariance
 from .grids import SPACINGS, fractional_times, integer_timesteps
 from .updates import ReverseCoefficients, factored, multistep_weights, reverse_coefficients
 
+MAX_KNOTS = 64  # of an optimal variance for each frequency, which travels in the config
 LOG_SNR_SCHEDULES = ("log_snr_linear", "log_snr_cosine")
 VARIANCE_TYPES = (
     "fixed_small",
@@ -72,6 +74,7 @@ class _Row(NamedTuple):
     multistep: float
     log_variance_low: float
     log_variance_high: float
+    deviations: Tensor | None = None  # (C, bands) of the noise, where the variance differs between frequencies
 
 
 class VDMScheduler(SchedulerMixin, ConfigMixin):
@@ -106,8 +109,9 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             many steps. Not an argument of `step` called eta, because Diffusers' pipelines pass eta=0.0 unasked to every scheduler that has it.
         multistep_order: 2 is the second-order multistep update (2M of DPM-Solver++) on the exact log-SNR grid, best with
             stochasticity=0. Not called solver_order, whose values DPM-Solver configurations carry.
-        optimal_variance: {"log_snr": [...], "mse": [...]}: E|x - x_hat|^2 / D against log SNR, for variance_type="optimal":
-            posterior variance + (coefficient of x_hat)^2 mse.
+        optimal_variance: what `estimate_optimal_variance` returns, {"log_snr": [...], "mse": [...]}: E|x - x_hat|^2 / D against log
+            SNR, for variance_type="optimal": posterior variance + (coefficient of x_hat)^2 mse. With "shape": [C, H, W] the mse is
+            given for each channel and radial band of the cosine transform, and the noise has that variance there.
         final_step: what the last step of a log-SNR schedule returns: "latent", a draw of z_0, or "mean", x_hat. A beta
             table always ends at clean data.
 
@@ -147,7 +151,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         log_snr_shift: float = 0.0,
         stochasticity: float = 1.0,
         multistep_order: int = 1,
-        optimal_variance: dict[str, list[float]] | None = None,
+        optimal_variance: dict[str, list] | None = None,
         final_step: Literal["latent", "mean"] = "latent",
     ):
         self.is_log_snr_schedule = beta_schedule in LOG_SNR_SCHEDULES and trained_betas is None
@@ -219,12 +223,13 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
                 "`variance_type='optimal'` needs `optimal_variance={'log_snr': [...], 'mse': [...]}`: the measured "
                 "E|x - x_hat|^2 / D against log SNR."
             )
-        if config.optimal_variance is not None:
-            log_snr, mse = config.optimal_variance["log_snr"], config.optimal_variance["mse"]
-            if len(log_snr) != len(mse) or len(mse) == 0 or min(mse) < 0 or len(set(log_snr)) < len(log_snr):
-                raise ValueError(
-                    "`optimal_variance` must hold two lists of one length, distinct `log_snr` and `mse` >= 0."
-                )
+        self._optimal = (
+            None if config.optimal_variance is None else OptimalVariance.from_config(config.optimal_variance)
+        )
+        if self._optimal is not None and self._optimal.shape is not None and len(self._optimal.log_snr) > MAX_KNOTS:
+            raise ValueError(
+                f"`optimal_variance` for each frequency must have at most {MAX_KNOTS} log SNRs, got {len(self._optimal.log_snr)}."
+            )
         if self.is_log_snr_schedule:
             check_end_points(config.log_snr_max, config.log_snr_min)
             table = config.log_snr_table
@@ -488,7 +493,14 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         self._device_coefficients = table.to(device=self._timesteps.device, dtype=torch.float32)
         x_hat, mean = factored(table[:, 0], table[:, 1]), factored(table[:, 2], table[:, 3])
         columns = torch.stack([*x_hat, *mean], dim=1)
-        self._rows = [_Row(*row) for row in torch.cat([columns, table[:, 4:]], dim=1).tolist()]
+        rows = torch.cat([columns, table[:, 4:8]], dim=1).tolist()
+        self._rows = [_Row(*row) for row in rows]
+        if self._by_frequency is not None:
+            device = self._timesteps.device
+            dtype = torch.float64 if device.type == "cpu" else torch.float32
+            self._bands = self._by_frequency.bands.to(device, dtype)
+            deviations = self._band_columns(table.to(device, dtype))
+            self._rows = [row._replace(deviations=d) for row, d in zip(self._rows, deviations, strict=True)]
         self._undefined = frozenset((~table[:, :6].isfinite().all(1)).nonzero().flatten().tolist())
         self._ascending = torch.tensor([self._terminal_timestep, *reversed(self._values)], dtype=torch.float64)
 
@@ -509,10 +521,11 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         return log_snr
 
     def _step_table(self, log_snr_t: Tensor, log_snr_s: Tensor) -> Tensor:
-        """(..., 8) coefficients of the steps from t to s, float64; undefined ones are not finite.
+        """(..., 8) coefficients of the steps from t to s, float64; undefined ones are not finite. See below for more columns.
 
         Columns: x_hat = 0 z + 1 output, mean = 2 z + 3 (x_hat if it is clipped or extrapolated, else the output),
-        4 the noise's standard deviation, 5 multistep weight, 6 and 7 the log-variance of the posterior and of the forward step.
+        4 the noise's standard deviation, 5 multistep weight, 6 and 7 the log-variance of the posterior and of the forward step;
+        with an optimal variance for each frequency, its standard deviations (C * bands) follow, and 4 is their root mean square.
         """
         config = self.config
         step = reverse_coefficients(log_snr_t, log_snr_s, config.stochasticity)
@@ -529,7 +542,14 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         # the last step to clean data adds no noise, whatever the type
         noise = torch.where(log_snr_s == math.inf, 0.0, step.stochasticity * variance.sqrt())
         low, high = step.posterior_variance.log(), step.forward_variance.log()
-        return torch.stack([x_z, x_output, mean_z, mean_y, noise, torch.zeros_like(noise), low, high], dim=-1)
+        table = torch.stack([x_z, x_output, mean_z, mean_y, noise, torch.zeros_like(noise), low, high], dim=-1)
+        if self._by_frequency is None:
+            return table
+        mse = self._by_frequency.at(log_snr_t).to(table).flatten(-2)
+        deviations = (
+            step.stochasticity[..., None] * (step.posterior_variance[..., None] + step.x[..., None] ** 2 * mse).sqrt()
+        )
+        return torch.cat([table, torch.where(log_snr_s[..., None] == math.inf, 0.0, deviations)], dim=-1)
 
     def _fixed_variance(self, variance_type: str, log_snr_t: Tensor, step: ReverseCoefficients) -> Tensor:
         """The variance of a reverse step by type; one for learned ones, whose factor the model gives."""
@@ -538,21 +558,30 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         if variance_type in ("fixed_large", "fixed_large_log"):
             return step.forward_variance
         if variance_type == "optimal":
-            return step.posterior_variance + step.x**2 * self._measured_mse(log_snr_t)
+            optimal = cast(OptimalVariance, self._optimal)
+            return step.posterior_variance + step.x**2 * optimal.mean(optimal.at(log_snr_t)).to(log_snr_t)
         return step.posterior_variance
 
-    def _measured_mse(self, log_snr: Tensor) -> Tensor:
-        """E|x - x_hat|^2 / D at `log_snr`: linear between the entries of `optimal_variance`, constant outside."""
-        table = self.config.optimal_variance
-        position, order = torch.tensor(table["log_snr"], dtype=torch.float64).sort()
-        mse = torch.tensor(table["mse"], dtype=torch.float64)[order]
-        position, mse = position.to(log_snr), mse.to(log_snr)
-        if len(mse) == 1:
-            return mse.expand(log_snr.shape)
-        log_snr = torch.maximum(torch.minimum(log_snr, position[-1]), position[0])
-        right = torch.searchsorted(position, log_snr.contiguous()).clamp(1, len(position) - 1)
-        fraction = (log_snr - position[right - 1]) / (position[right] - position[right - 1])
-        return torch.lerp(mse[right - 1], mse[right], fraction)
+    @property
+    def _by_frequency(self) -> OptimalVariance | None:
+        """The optimal variance, if it is in use and differs between frequencies."""
+        if self.config.variance_type != "optimal" or self._optimal is None or self._optimal.shape is None:
+            return None
+        return self._optimal
+
+    def _band_columns(self, table: Tensor) -> Tensor:
+        """The standard deviations (..., C, bands) in a table of coefficients."""
+        return table[..., 8:].unflatten(-1, cast(OptimalVariance, self._by_frequency).mse.shape[1:])
+
+    def _colored(self, noise: Tensor, deviations: Tensor) -> Tensor:
+        """White noise (B, C, H, W) with the standard deviations (C, bands), or (B, C, bands), in the cosine transform.
+
+        Raises:
+            ValueError: images of another shape than those whose frequencies were measured.
+        """
+        cast(OptimalVariance, self._by_frequency).check_shape(noise.shape[1:])
+        bands, white = self._bands, noise.to(compute_dtype(noise))
+        return bands.inverse(bands.spread(deviations.to(white)) * bands.transform(white)).to(noise.dtype)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -682,7 +711,10 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
                 noise = noise * self._learned_deviation(
                     predicted_variance, row.log_variance_low, row.log_variance_high
                 )
-            prev_sample.add_(noise, alpha=row.noise)
+            if row.deviations is None:
+                prev_sample.add_(noise, alpha=row.noise)
+            else:
+                prev_sample.add_(self._colored(noise, row.deviations))
         return (prev_sample.to(narrow_dtype), x_hat.to(narrow_dtype)) if narrow else (prev_sample, x_hat)
 
     def _step_tensor(
@@ -718,6 +750,8 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             deviation = torch.where(
                 deviation == 0, 0.0, deviation * self._learned_deviation(predicted_variance, low, high)
             )
+        if self._by_frequency is not None:
+            return mean + self._colored(noise, self._band_columns(c)).to(mean.dtype), x_hat
         return (mean + deviation * noise).to(mean.dtype), x_hat
 
     def _coefficients_at(self, timestep: Tensor, sample: Tensor) -> Tensor:
@@ -781,7 +815,8 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
     def _off_grid_row(self, timestep: Tensor | float) -> _Row:
         """A fractional timestep of the training chain, to the one before it."""
         c = self._checked(self._off_grid_table(as_float64(timestep).reshape(())))
-        return _Row(*[float(v) for v in (*factored(c[0], c[1]), *factored(c[2], c[3]), *c[4:])])
+        row = _Row(*[float(v) for v in (*factored(c[0], c[1]), *factored(c[2], c[3]), *c[4:8])])
+        return row if self._by_frequency is None else row._replace(deviations=self._band_columns(c))
 
     def _off_grid_table(self, timestep: Tensor) -> Tensor:
         return self._step_table(
