@@ -6,6 +6,10 @@ direction of the data counts alike, the faint fine detail too). The floor is the
 
     python benchmarks/sampler_quality.py                    # the table of docs/scheduler.md
     python benchmarks/sampler_quality.py --steps 10 --repeats 3 --only 2M
+    python benchmarks/sampler_quality.py --optimal --samples 16384 --repeats 4   # the table of the optimal variance
+
+The optimal variance is measured beforehand on draws of their own, once for each radial band of the cosine transform of the images,
+which is the basis that the mixture is diagonal in; their mean is the scalar one.
 """
 
 from __future__ import annotations
@@ -21,8 +25,11 @@ import torch
 from torch import Tensor
 
 from vdm_diffusers import VDMScheduler
+from vdm_diffusers.frequency import RadialBands
+from vdm_diffusers.reverse_variance import OptimalVariance
 
 SIDE = 8
+BANDS = RadialBands.of(SIDE, SIDE)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,27 @@ class Mixture:
         weights = torch.softmax(scaled @ centres.T - centres.square().sum(1) / 2, dim=1)
         mean = weights @ self.means
         return mean + alpha * self.spectrum / variance * (z - alpha * mean)
+
+    def posterior_variance(self, z: Tensor, log_snr: float) -> Tensor:
+        """Var[x | z] of every coordinate, whose mean over z is E|x - x_hat|^2."""
+        alpha, sigma2 = math.sqrt(1 / (1 + math.exp(-log_snr))), 1 / (1 + math.exp(log_snr))
+        variance = alpha**2 * self.spectrum + sigma2
+        scaled, centres = z / variance.sqrt(), alpha * self.means / variance.sqrt()
+        weights = torch.softmax(scaled @ centres.T - centres.square().sum(1) / 2, dim=1)
+        between = (weights @ self.means**2 - (weights @ self.means) ** 2).clamp(min=0)
+        return self.spectrum * sigma2 / variance + between * (sigma2 / variance) ** 2
+
+    def optimal_variance(self, n: int = 4096, knots: int = 64) -> OptimalVariance:
+        """The optimal variance of every band from `n` draws."""
+        generator = torch.Generator().manual_seed(7)
+        x, noise = self.draw(n, generator), torch.randn(n, SIDE * SIDE, generator=generator)
+        log_snrs = torch.linspace(-5.0, 13.3, knots, dtype=torch.float64)
+        rows = []
+        for log_snr in log_snrs.tolist():
+            alpha, sigma = math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
+            variance = self.posterior_variance(alpha * x + sigma * noise, log_snr).double().mean(0)
+            rows.append(BANDS.sums(variance.reshape(1, SIDE, SIDE)) / BANDS.counts)
+        return OptimalVariance(log_snrs, torch.stack(rows), (1, SIDE, SIDE))
 
     def whiten(self, x: Tensor) -> Tensor:
         total = torch.diag(self.spectrum) + (self.means.T @ self.means) / len(self.means)
@@ -169,6 +197,37 @@ def measure(
     return sliced_wasserstein(mixture.whiten(out), mixture.whiten(fresh), directions)
 
 
+def ancestral_samplers(table: OptimalVariance) -> dict[str, Callable[[], VDMScheduler]]:
+    """Name -> a new scheduler, all ancestral from log SNR -5 to 13.3."""
+    base = {"beta_schedule": "log_snr_linear", "final_step": "mean"}
+    scalar, by_band = ({"variance_type": "optimal", "optimal_variance": t.to_config()} for t in (table.overall, table))
+    return {
+        "posterior | log SNR": lambda: VDMScheduler(**base),
+        "optimal | log SNR": lambda: VDMScheduler(**base, **scalar, step_grid="log_snr"),
+        "optimal | dynamic programming": lambda: VDMScheduler(**base, **scalar),
+        "optimal per frequency | log SNR": lambda: VDMScheduler(**base, **by_band, step_grid="log_snr"),
+        "optimal per frequency | dynamic programming": lambda: VDMScheduler(**base, **by_band),
+    }
+
+
+def measure_ancestral(mixture: Mixture, scheduler: VDMScheduler, num_steps: int, n: int, repeat: int) -> float:
+    """As `measure`, but the sampler works on the images whose cosine transform the mixture describes."""
+    generator = torch.Generator().manual_seed(1000 + repeat)
+    fresh, noise = mixture.draw(n, generator), torch.randn(n, SIDE * SIDE, generator=generator)
+    directions = torch.nn.functional.normalize(torch.randn(SIDE * SIDE, 128, generator=generator), dim=0)
+    scheduler.set_timesteps(num_steps)
+    z = BANDS.inverse(noise.reshape(n, 1, SIDE, SIDE))
+    sampling = torch.Generator().manual_seed(repeat)
+    for t in scheduler.timesteps:
+        log_snr = float(scheduler.log_snr(t))
+        alpha, sigma = math.sqrt(1 / (1 + math.exp(-log_snr))), math.sqrt(1 / (1 + math.exp(log_snr)))
+        coordinates = BANDS.transform(z).flatten(1)
+        epsilon = (coordinates - alpha * mixture.denoise(coordinates, log_snr)) / sigma
+        z = scheduler.step(BANDS.inverse(epsilon.reshape(z.shape)), t, z, generator=sampling).prev_sample
+    out = BANDS.transform(z).flatten(1)
+    return sliced_wasserstein(mixture.whiten(out), mixture.whiten(fresh), directions)
+
+
 def floor(mixture: Mixture, n: int, repeat: int) -> float:
     generator = torch.Generator().manual_seed(2000 + repeat)
     a, b = mixture.draw(n, generator), mixture.draw(n, generator)
@@ -183,7 +242,10 @@ def summary(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50], help="model evaluations")
+    parser.add_argument(
+        "--steps", type=int, nargs="+", help="model evaluations: 5 10 20 50, of --optimal 10 25 50 100"
+    )
+    parser.add_argument("--optimal", action="store_true", help="compare the reverse variances of ancestral sampling")
     parser.add_argument("--samples", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5, help="independent sets, for the error bars")
     parser.add_argument("--only", default="", help="samplers whose name contains this")
@@ -191,14 +253,26 @@ def main() -> None:
 
     mixture = Mixture.image_like()
     print(f"floor: {summary([floor(mixture, arguments.samples, r) for r in range(2 * arguments.repeats)])}")
-    print("| sampler | schedule | " + " | ".join(f"{n}" for n in arguments.steps) + " |")
-    print("|---" * (2 + len(arguments.steps)) + "|")
-    for name, sampler in samplers().items():
+    if arguments.optimal:
+        rows = {
+            name: lambda steps, r, make=make: measure_ancestral(mixture, make(), steps, arguments.samples, r)
+            for name, make in ancestral_samplers(mixture.optimal_variance()).items()
+        }
+    else:
+        rows = {
+            name: lambda steps, r, sampler=sampler: measure(mixture, sampler, steps, arguments.samples, r)
+            for name, sampler in samplers().items()
+        }
+    columns = arguments.steps or ([10, 25, 50, 100] if arguments.optimal else [5, 10, 20, 50])
+    print(
+        f"| {'variance | grid' if arguments.optimal else 'sampler | schedule'} | "
+        + " | ".join(map(str, columns))
+        + " |"
+    )
+    print("|---" * (2 + len(columns)) + "|")
+    for name, distance in rows.items():
         if arguments.only in name:
-            cells = [
-                summary([measure(mixture, sampler, n, arguments.samples, r) for r in range(arguments.repeats)])
-                for n in arguments.steps
-            ]
+            cells = [summary([distance(n, r) for r in range(arguments.repeats)]) for n in columns]
             print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -31,6 +31,7 @@ from vdm_diffusers.likelihood import (
     evaluate_bound,
     evaluate_importance_weighted,
     measure_mse,
+    sample_chain,
 )
 from vdm_diffusers.models.labels import default_label, num_classes
 from vdm_diffusers.probability_flow import Dequantization, Divergence, evaluate_flow
@@ -41,7 +42,8 @@ from vdm_diffusers.reverse_variance import (
     optimal_grid,
     posterior_variance,
 )
-from vdm_diffusers.schedulers.scheduling_vdm import VDMScheduler
+from vdm_diffusers.schedulers.grids import even_entries
+from vdm_diffusers.schedulers.scheduling_vdm import MAX_KNOTS, VDMScheduler
 
 Method = Literal["continuous", "discrete", "ode", "importance_weighted"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -114,8 +116,9 @@ def evaluate_likelihood(
         num_steps: steps of the discrete chain. Default: the scheduler's `num_train_timesteps`.
         grid: where they are: `"time"`, uniform in t (in a table's index); `"log_snr"`, uniform in log SNR; `"optimal"`, chosen by dynamic
             programming for the smallest bound (needs the scheduler's `optimal_variance`); or the log SNRs themselves, decreasing, both
-            ends included. Default: `"time"`, and `"optimal"` for fewer steps with `variance_type="optimal"`. In a table of betas
-            every step is an entry of the table.
+            ends included. Default: the scheduler's `step_grid`, else `"time"`; with `variance_type="optimal"`, which is worth little on
+            others, `"optimal"` for fewer steps than `num_train_timesteps` and `"log_snr"` for more. In a table of betas every step is an
+            entry of the table.
         num_samples: evaluations of the model for an image, spread evenly over time. If there are enough for every step of the
             chain, the steps are summed, as many times over as `num_samples` allows.
         num_levels: number of levels of a pixel. Default: the pipeline's own, else 256. `None`: the data are continuous, floats as the
@@ -182,27 +185,23 @@ def evaluate_likelihood(
     if method == "continuous":
         term = ContinuousTerm(schedule.log_snr_max, schedule.log_snr_min)
     elif is_chain:
-        if (
-            grid is None
-            and kind == "optimal"
-            and num_steps is not None
-            and num_steps < chain.config.num_train_timesteps
-        ):
-            grid = "optimal"
-        log_snrs = chain_log_snrs(chain, num_steps, grid)
+        log_snrs = chain_log_snrs(chain, num_steps, grid, kind)
         term = DiscreteTerm(log_snrs, kind, _optimal(chain) if kind == "optimal" else None)
     decoder = _decoder(chain, kind, num_levels)
     learned = kind if kind in ("learned", "learned_range") else None
     levels, denoiser, device, batch_size = _prepare(
         network, chain, images, class_labels, num_levels, pixel_encoding, model_kwargs, batch_size, learned, clip_denoised
     )  # fmt: skip
+    by_frequency = isinstance(term, DiscreteTerm) and term.bands is not None
+    if isinstance(term, DiscreteTerm) and term.optimal is not None:
+        term.optimal.check_shape(levels.shape[1:])
     settings: dict[str, Any] = {
         "num_steps": term.num_steps + isinstance(decoder, GaussianDecoder) if isinstance(term, DiscreteTerm) else None,
         "num_samples": num_samples,
         "num_levels": num_levels,
         "pixel_encoding": None if num_levels is None else pixel_encoding,
         "prediction_type": chain.config.prediction_type,
-        "reverse_variance": kind if is_chain else None,
+        "reverse_variance": (f"{kind}_per_frequency" if by_frequency else kind) if is_chain else None,
         "decoder": _DECODERS[type(decoder)] if dequantization == "none" else None,
         "log_snr_max": schedule.log_snr_max,
         "log_snr_min": schedule.log_snr_min,
@@ -250,37 +249,67 @@ def evaluate_likelihood(
 
 def estimate_optimal_variance(
     model: Any,
-    images: Any,
+    images: Any = None,
     *,
     scheduler: Any = None,
+    per_frequency: bool = False,
+    form: Literal["error", "analytic"] | None = None,
     num_knots: int = 64,
     num_samples: int = 16,
+    num_images: int = 64,
+    num_steps: int = 250,
     num_levels: int | Literal["auto"] | None = "auto",
     pixel_encoding: PixelEncoding | Literal["auto"] = "auto",
     batch_size: int | None = None,
     class_labels: int | Sequence[int] | Tensor | str | None = None,
     model_kwargs: dict[str, Any] | None = None,
+    sample_shape: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     progress_bar: bool = True,
-) -> dict[str, list[float]]:
+) -> dict[str, list[Any]]:
     r"""What `variance_type="optimal"` needs: E|x - x_hat|^2 / D of a network, measured on training images, against log SNR.
 
     The reverse variance posterior + (coefficient of x)^2 E|x - x_hat|^2 / D gives the smallest bound that any variance of this form can,
-    whatever the network. It pays with few steps, and on a grid to match: `grid="optimal"` or `"log_snr"`. On a linear-beta grid
-    uniform in t it may give samples that look worse, though their likelihood is higher.
+    whatever the network; with `per_frequency` that of the best one for each band of frequencies, which is smaller still. It pays with few
+    steps on a grid to match, which the scheduler and [`evaluate_likelihood`] then choose by default (`step_grid`, `grid`). On a
+    linear-beta grid uniform in t it may give samples that look worse, though their likelihood is higher.
 
     Args: as in [`evaluate_likelihood`]; besides
-        num_knots: number of log SNRs, equally spaced over the schedule.
+        images: a few hundred training images. None: the network's own samples, `num_images` of them by ancestral sampling in `num_steps` steps
+            (with as many evaluations each), rounded to levels if there are any. They are those of the model, not of the data: what it has
+            not learned is missing.
+        per_frequency: one mse for each channel and each of at most 32 radial bands of the cosine transform, for images of this one size.
+            Bands of low frequency hold few coefficients: let `num_samples` times the images be some hundred times `num_knots`.
+        form: `"error"`, E|x - x_hat|^2, optimal for every network; `"analytic"`, Analytic-DPM's
+            sigma^2/alpha^2 (1 - E|eps_hat|^2 / D), which looks at the network's answers alone and equals it for an exact network only.
+            Default: `"error"` with images, `"analytic"` without.
+        num_knots: number of log SNRs, equally spaced over the schedule; at most 64 with `per_frequency`.
         num_samples: evaluations of the model for an image, spread over the knots.
+        sample_shape: (C, H, W) of the model's own samples. Default: from the model's config.
 
     Returns:
-        `{"log_snr": [...], "mse": [...]}`, for the scheduler's config, where it travels with the checkpoint:
-        `VDMScheduler.from_config(scheduler.config, variance_type="optimal", optimal_variance=...)`.
+        `{"log_snr": [...], "mse": [...]}`, with `"shape": [C, H, W]` if by frequency, for the scheduler's config, where it travels with the
+        checkpoint: `VDMScheduler.from_config(scheduler.config, variance_type="optimal", optimal_variance=...)`.
+
+    Raises:
+        ValueError: besides those of [`evaluate_likelihood`], a model without images that does not say its samples' shape; more knots than
+            a scheduler takes.
 
     Source: Bao et al. 2022, "Analytic-DPM", theorem 1; Bao et al. 2022, "Estimating the Optimal Covariance with Imperfect Mean".
     """
     network, scheduler, num_levels, pixel_encoding = _unpack(model, scheduler, num_levels, pixel_encoding)
     chain = _adopt(scheduler)
+    if form not in (None, "error", "analytic"):
+        raise ValueError(f"`form` must be 'error' or 'analytic', got {form!r}.")
+    if num_knots < 1 or (per_frequency and num_knots > MAX_KNOTS):
+        limit = (
+            f"1..{MAX_KNOTS} with per_frequency=True, as the table travels in the config" if per_frequency else "1.."
+        )
+        raise ValueError(f"`num_knots` must lie in {limit}, got {num_knots}.")
+    has_images = images is not None
+    if not has_images:
+        shape = _own_shape(network, sample_shape)
+        images = torch.zeros(num_images, *shape, dtype=torch.float32 if num_levels is None else torch.int32)
     levels, denoiser, device, batch_size = _prepare(
         network, chain, images, class_labels, num_levels, pixel_encoding, model_kwargs, batch_size, None, False
     )
@@ -289,18 +318,40 @@ def estimate_optimal_variance(
     if not math.isfinite(low):  # zero terminal SNR: the entry before, where the network still sees something
         low = float(chain.log_snr(float(chain.config.num_train_timesteps - 2)))
     knots = torch.linspace(low, schedule.log_snr_max, num_knots, dtype=torch.float64)
-    with _eval_mode(network), torch.no_grad(), tqdm(total=len(levels) * num_samples, disable=not progress_bar) as bar:
+    seed = _seed(generator)
+    grid = (
+        None
+        if has_images
+        else chain_log_snrs(chain, num_steps, "log_snr" if math.isfinite(schedule.log_snr_min) else "time")
+    )
+    total = len(levels) * (num_samples + (0 if grid is None else len(grid)))
+    with _eval_mode(network), torch.no_grad(), tqdm(total=total, disable=not progress_bar) as bar:
+        common: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "device": device, "progress": bar.update}
+        if grid is not None:
+            levels = sample_chain(denoiser, levels, grid, **common)
         optimal = measure_mse(
             denoiser,
             levels,
             knots,
             num_samples=num_samples,
-            batch_size=batch_size,
-            seed=_seed(generator),
-            device=device,
-            progress=bar.update,
+            per_frequency=per_frequency,
+            analytic=not has_images if form is None else form == "analytic",
+            **common,
         )
     return optimal.to_config()
+
+
+def _own_shape(network: Any, sample_shape: Sequence[int] | None) -> tuple[int, ...]:
+    """(C, H, W) of what the network makes."""
+    if sample_shape is None:
+        config = getattr(network, "config", None)
+        channels, size = (None if config is None else config.get(key) for key in ("in_channels", "sample_size"))
+        if channels is None or size is None:
+            raise ValueError(
+                "without `images` `sample_shape=(C, H, W)` is needed: the model's config does not say how large its samples are."
+            )
+        sample_shape = (channels, *((size, size) if isinstance(size, int) else size))
+    return tuple(int(n) for n in sample_shape)
 
 
 def _prepare(
@@ -435,12 +486,16 @@ def _optimal(scheduler: Any) -> OptimalVariance:
 
 
 def chain_log_snrs(
-    scheduler: Any, num_steps: int | None = None, grid: Grid | Sequence[float] | Tensor | None = None
+    scheduler: Any,
+    num_steps: int | None = None,
+    grid: Grid | Sequence[float] | Tensor | None = None,
+    kind: ReverseVariance | None = None,
 ) -> Tensor:
     """The log SNRs of a chain, decreasing, float64: x_1 (or z_0) first, then one for each transition.
 
     `num_steps` counts evaluations of the network: a chain of a table of betas needs one at x_1, so that it has `num_steps` entries;
-    one of a log-SNR schedule has `num_steps + 1`. Arguments and Raises: see `evaluate_likelihood`.
+    one of a log-SNR schedule has `num_steps + 1`. `kind` is the chain's reverse variance, by default the scheduler's. Other arguments
+    and Raises: see `evaluate_likelihood`.
     """
     schedule, trained = scheduler.noise_schedule, scheduler.config.num_train_timesteps
     is_table = not scheduler.is_log_snr_schedule
@@ -459,25 +514,24 @@ def chain_log_snrs(
     if not low <= steps <= high:
         table = ", the length of the scheduler's table" if is_table else ""
         raise ValueError(f"`num_steps` must lie in {low}..{high}{table}, got {steps}.")
+    kind = kind or _REVERSE_VARIANCES.get(scheduler.config.variance_type)
     if grid is None:
-        grid = "optimal" if scheduler.config.variance_type == "optimal" and steps < trained else "time"
+        grid = cast("Grid | None", scheduler.config.get("step_grid"))
+    if grid is None:
+        grid = "time" if kind != "optimal" else "optimal" if steps < trained else "log_snr"
     entries = scheduler.log_snr(torch.arange(trained)).double()
     if is_table and (grid == "time" or steps == trained):
         return entries[torch.linspace(0, trained - 1, steps, dtype=torch.float64).round().long()]
     if grid == "optimal":
         candidates = entries if is_table else _between(schedule, max(1024, 2 * steps))
-        return optimal_grid(_optimal(scheduler), steps - is_table, candidates)
+        variance: Literal["posterior", "optimal"] = "posterior" if kind == "posterior" else "optimal"
+        return optimal_grid(_optimal(scheduler), steps - is_table, candidates, variance=variance)
     if not is_table:
         uniform = torch.arange(steps + 1, dtype=torch.float64) / steps
         return schedule.log_snr(uniform) if grid == "time" else _between(schedule, steps)
     if not bool(entries.isfinite().all()):
         raise ValueError("grid='log_snr' needs a finite log SNR at both ends: take 'time' with zero terminal SNR.")
-    nearest = (
-        (entries - torch.linspace(float(entries[0]), float(entries[-1]), steps).double()[:, None]).abs().argmin(1)
-    )
-    # where the table is coarser than the grid entries coincide: move up to keep them distinct, but not beyond the end
-    number = torch.arange(steps)
-    return entries[torch.minimum((nearest - number).cummax(0).values + number, trained - steps + number)]
+    return entries[even_entries(entries, steps)]
 
 
 def _between(schedule: Any, num_steps: int) -> Tensor:
@@ -494,7 +548,7 @@ def _decoder(scheduler: Any, kind: ReverseVariance, num_levels: int | None) -> D
     first, second = scheduler.log_snr(torch.tensor([0.0, 1.0])).double()
     variance = posterior_variance(first, second)
     if kind == "optimal":  # E|x - x_hat|^2 / D at x_1, which is zero for an exact network of a few known images
-        variance = _optimal(scheduler).at(first).clamp(min=1e-12)
+        variance = _optimal(scheduler).overall.at(first).clamp(min=1e-12)
     return GaussianDecoder(
         log_snr_1=float(first),
         variance=float(variance),

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, TypeGuard, cast
@@ -30,6 +30,7 @@ from .control_variates import Controls, PixelDenoiser, Surrogate, WienerDenoiser
 from .decoders import (
     PixelEncoding,
     bin_width,
+    decode_pixels,
     discretized_gaussian_log_likelihood,
     encode_pixels,
     level_values,
@@ -1002,6 +1003,44 @@ def _collapsed_strata(rest: Tensor, layout: _Layout) -> float:
     return variance
 
 
+def sample_chain(
+    model: DenoisingModel,
+    levels: Tensor,
+    grid: Tensor,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """As many samples as there are in `levels`, of its shape and dtype, by ancestral sampling with the posterior variance.
+
+    Arguments:
+        levels: (N, C, ...) says how many, how large, and whether integers are wanted. Its values do not matter.
+        grid: (K + 1,) decreasing log SNRs. The last step, from grid[0], returns x_hat, rounded to the nearest level.
+    """
+    parts = []
+    for index in torch.arange(len(levels)).split(batch_size):
+        generators = [torch.Generator().manual_seed(mix_seed(seed, "sample", i)) for i in index.tolist()]
+        z = _draw(generators, levels.shape[1:]).to(device)
+        for i in range(len(grid) - 1, -1, -1):
+            log_snr = grid[i].expand(len(index))
+            value, _ = model.outputs(z, log_snr, index)
+            x_hat = model.denoised(value, z, log_snr)
+            if i > 0:
+                c = posterior_coefficients(grid[i], grid[i - 1])
+                z = (
+                    float(c.z) * z
+                    + float(c.x) * x_hat
+                    + float(c.variance.sqrt()) * _draw(generators, levels.shape[1:]).to(device)
+                )
+            if progress is not None:
+                progress(len(index))
+        parts.append(x_hat.float().cpu())
+    x = torch.cat(parts)
+    return x if model.num_levels is None else decode_pixels(x, model.num_levels, model.pixel_encoding).to(levels.dtype)
+
+
 def measure_mse(
     model: DenoisingModel,
     levels: Tensor,
@@ -1249,6 +1288,11 @@ def _noise(index: Tensor, column: Tensor, shape: torch.Size, seed: int, number: 
         mine = inverse == i
         noise[mine] = torch.randn(_NOISE_BLOCK, *shape, generator=generator)[position[mine]]
     return noise
+
+
+def _draw(generators: Sequence[torch.Generator], shape: torch.Size) -> Tensor:
+    """Standard normal noise (M, *shape) float32, each row from a generator of its own."""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def learned_variance_of(output: Tensor, kind: str, low: Tensor, high: Tensor) -> Tensor:

@@ -165,11 +165,12 @@ class OptimalVariance:
         mse = self.at(log_snr_t)
         if self.shape is None or variance == "posterior":
             return expected_step_nats(log_snr_s, log_snr_t, self.mean(mse), variance)
-        weight = (self.bands.counts / (self.bands.counts.sum() * self.shape[0])).tolist()
-        total = torch.zeros(torch.broadcast_shapes(log_snr_s.shape, log_snr_t.shape), dtype=torch.float64)
+        weight = (0.5 * self.bands.counts / (self.bands.counts.sum() * self.shape[0])).tolist()
+        gain = _snr_gain(log_snr_s, log_snr_t)
+        total = torch.zeros_like(gain)
         for channel in range(self.shape[0]):  # one band at a time: the grid's search has a matrix of log SNRs
             for band, w in enumerate(weight):
-                total += w * expected_step_nats(log_snr_s, log_snr_t, mse[..., channel, band])
+                total += w * torch.log1p(gain * mse[..., channel, band])
         return total
 
 
@@ -180,8 +181,13 @@ def expected_step_nats(
 
     Arguments broadcast; log_snr_s >= log_snr_t. Source: Bao et al. 2022, "Analytic-DPM", theorem 1 and section 4.
     """
-    x = torch.exp(log_snr_s) * -torch.expm1(log_snr_t - log_snr_s) * mse_t
+    x = _snr_gain(log_snr_s, log_snr_t) * mse_t
     return 0.5 * (torch.log1p(x) if variance == "optimal" else x)
+
+
+def _snr_gain(log_snr_s: Tensor, log_snr_t: Tensor) -> Tensor:
+    """SNR_s - SNR_t."""
+    return torch.exp(log_snr_s) * -torch.expm1(log_snr_t - log_snr_s)
 
 
 def continuous_nats(

@@ -521,10 +521,11 @@ class VDMPipeline(DiffusionPipeline):
         if num_particles > 1:
             config = self.scheduler.config
             ancestral = config.get("stochasticity") == 1 and config.get("multistep_order") == 1
-            if not ancestral or config.variance_type.startswith("learned"):
+            by_frequency = config.variance_type == "optimal" and "shape" in (config.get("optimal_variance") or {})
+            if not ancestral or config.variance_type.startswith("learned") or by_frequency:
                 raise ValueError(
                     "`num_particles` above 1 needs a VDMScheduler with stochasticity=1, multistep_order=1 and a variance that is not "
-                    "learned: the particles are weighed by the density of its steps."
+                    "learned and one for all frequencies: the particles are weighed by the density of its steps, pixel by pixel."
                 )
             if latents is not None or isinstance(generator, list):
                 raise ValueError("`num_particles` above 1 goes with neither `latents` nor a list of generators.")

@@ -1,4 +1,4 @@
-"""Which timesteps a sampler visits: Diffusers' three spacings, with the right number of steps, and their fractional kin."""
+"""Which timesteps a sampler visits: Diffusers' three spacings, with the right number of steps, their fractional kin, and others in log SNR."""
 
 from __future__ import annotations
 
@@ -43,3 +43,20 @@ def fractional_times(spacing: str, num_steps: int, num_train_timesteps: int, off
     if spacing == "leading":
         return i / n + min((1 + offset) / num_train_timesteps, 1 / n)
     return (i + 1) / n
+
+
+def even_entries(log_snrs: Tensor, num_steps: int) -> Tensor:
+    """Which `num_steps` entries of a decreasing table are about evenly spaced in log SNR: increasing indices, both ends included.
+
+    A last entry of -inf (zero terminal SNR) counts for itself: the others are spread over the finite ones.
+    """
+    if num_steps > 1 and log_snrs[-1] == -torch.inf:
+        last = torch.tensor([len(log_snrs) - 1])
+        return torch.cat([even_entries(log_snrs[:-1], num_steps - 1), last])
+    if num_steps == 1:
+        return torch.tensor([len(log_snrs) - 1])
+    wanted = torch.linspace(float(log_snrs[0]), float(log_snrs[-1]), num_steps, dtype=torch.float64)
+    nearest = (log_snrs - wanted[:, None]).abs().argmin(1)
+    # where the table is coarser than the grid entries coincide: move up to keep them distinct, but not beyond the end
+    number = torch.arange(num_steps)
+    return torch.minimum((nearest - number).cummax(0).values + number, len(log_snrs) - num_steps + number)

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -31,10 +31,11 @@ from ..noise_schedules import (
 )
 from ..numerics import as_float64, compute_dtype, expand_to, linear_combination, on_host
 from ..prediction import PredictionType, check_prediction_type, conversion_coefficients, convert
-from ..reverse_variance import OptimalVariance
-from .grids import SPACINGS, fractional_times, integer_timesteps
+from ..reverse_variance import OptimalVariance, optimal_grid, shortest_path, step_costs
+from .grids import SPACINGS, even_entries, fractional_times, integer_timesteps
 from .updates import ReverseCoefficients, factored, multistep_weights, reverse_coefficients
 
+MOST_CHOSEN_STEPS = 128  # by dynamic programming unasked: more need it less, and it takes longer
 MAX_KNOTS = 64  # of an optimal variance for each frequency, which travels in the config
 LOG_SNR_SCHEDULES = ("log_snr_linear", "log_snr_cosine")
 VARIANCE_TYPES = (
@@ -112,6 +113,9 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         optimal_variance: what `estimate_optimal_variance` returns, {"log_snr": [...], "mse": [...]}: E|x - x_hat|^2 / D against log
             SNR, for variance_type="optimal": posterior variance + (coefficient of x_hat)^2 mse. With "shape": [C, H, W] the mse is
             given for each channel and radial band of the cosine transform, and the noise has that variance there.
+        step_grid: where `set_timesteps(n)` puts its steps. "time": by `timestep_spacing`; "log_snr": evenly in log SNR; "optimal": by
+            dynamic programming, for the smallest expected bound (needs `optimal_variance`). None: "time", but with
+            variance_type="optimal", which on other grids can make samples worse, "optimal" up to 128 steps and "log_snr" above.
         final_step: what the last step of a log-SNR schedule returns: "latent", a draw of z_0, or "mean", x_hat. A beta
             table always ends at clean data.
 
@@ -153,6 +157,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         multistep_order: int = 1,
         optimal_variance: dict[str, list] | None = None,
         final_step: Literal["latent", "mean"] = "latent",
+        step_grid: Literal["time", "log_snr", "optimal"] | None = None,
     ):
         self.is_log_snr_schedule = beta_schedule in LOG_SNR_SCHEDULES and trained_betas is None
         if clip_sample is None:
@@ -187,6 +192,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         self.alphas_cumprod = alphas_cumprod.float()
         self.init_noise_sigma = 1.0
 
+        self._placed: dict[tuple[str, int], Tensor] = {}  # grids that were chosen
         self._marginals: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
@@ -218,9 +224,11 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
                 f"`variance_type` {config.variance_type!r} is not one of {', '.join(VARIANCE_TYPES)}: it acts as 'fixed_small'.",
                 stacklevel=4,
             )
-        if config.variance_type == "optimal" and config.optimal_variance is None:
+        if config.step_grid not in (None, "time", "log_snr", "optimal"):
+            raise ValueError(f"`step_grid` must be 'time', 'log_snr', 'optimal' or None, got {config.step_grid!r}.")
+        if "optimal" in (config.variance_type, config.step_grid) and config.optimal_variance is None:
             raise ValueError(
-                "`variance_type='optimal'` needs `optimal_variance={'log_snr': [...], 'mse': [...]}`: the measured "
+                "`variance_type='optimal'` (and `step_grid='optimal'`) needs `optimal_variance={'log_snr': [...], 'mse': [...]}`: the measured "
                 "E|x - x_hat|^2 / D against log SNR."
             )
         self._optimal = (
@@ -363,8 +371,10 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             low, high = max(1 - float(alpha) - half, 1e-3 * half), 1 - float(alpha) + half
             betas.append(min(max(1 - alpha_bar / exact, low), high))
             rounded, exact = rounded * float(alpha), exact * (1 - betas[-1])
-        own = {key: self.config[key] for key in ("stochasticity", "multistep_order") if self._was_set(key)}
-        if self.config.variance_type == "optimal":
+        own = {
+            key: self.config[key] for key in ("stochasticity", "multistep_order", "step_grid") if self._was_set(key)
+        }
+        if self.config.optimal_variance is not None:
             own["optimal_variance"] = self.config.optimal_variance
         return type(self)(
             num_train_timesteps=len(betas),
@@ -405,7 +415,8 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         """Choose the steps of the sampler, in one of three ways, and make their coefficients.
 
         Arguments:
-            num_inference_steps: their number, placed by `timestep_spacing`; in a log-SNR schedule uniform in t.
+            num_inference_steps: their number, placed as `step_grid` says: by `timestep_spacing`, in a log-SNR schedule uniform in t,
+                or, by default with variance_type="optimal", where they make the bound smallest.
             device: where `timesteps` goes.
             timesteps: the timesteps themselves, descending, whole or fractional.
             log_snrs: the log SNRs at which the model is evaluated, ascending.
@@ -424,7 +435,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         if num_inference_steps is not None:
             if num_inference_steps < 1 or int(num_inference_steps) != num_inference_steps:
                 raise ValueError(f"`num_inference_steps` must be a positive integer, got {num_inference_steps}.")
-            grid = self._spaced_timesteps(int(num_inference_steps), self.config.timestep_spacing)
+            grid = self._placed_timesteps(int(num_inference_steps))
         elif timesteps is not None:
             grid = _as_float64(timesteps).cpu()
         else:
@@ -435,13 +446,65 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         self.custom_timesteps = num_inference_steps is None
         self._use_grid(grid, device)
 
+    def _placed_timesteps(self, num_steps: int) -> Tensor:
+        """The timesteps that `step_grid` asks for, descending."""
+        config = self.config
+        kind = config.step_grid
+        if kind is None:
+            kind = "time"
+            if config.variance_type == "optimal" and config.stochasticity > 0:
+                kind = "optimal" if num_steps <= MOST_CHOSEN_STEPS else "log_snr"
+        if kind == "time" or (self._table is not None and num_steps > len(self._table)):  # which is refused there
+            return self._spaced_timesteps(num_steps, config.timestep_spacing)
+        if (kind, num_steps) not in self._placed:
+            place = self._even_timesteps if kind == "log_snr" else self._optimal_timesteps
+            self._placed[kind, num_steps] = place(num_steps)
+        return self._placed[kind, num_steps]
+
+    def _even_timesteps(self, num_steps: int) -> Tensor:
+        if self._table is not None:
+            return even_entries(self._table, num_steps).flip(0)
+        high, low = (float(self.log_snr(t)) for t in (self._terminal_timestep, self._noisiest_timestep))
+        return self._whole(
+            self.timestep_from_log_snr(torch.linspace(low, high, num_steps + 1, dtype=torch.float64)[:-1])
+        )
+
+    def _optimal_timesteps(self, num_steps: int) -> Tensor:
+        """The grid by dynamic programming. A last step to x_hat adds no noise, so it starts where little is left: at timestep 0 of
+        a table, or one timestep of the training chain before the end."""
+        optimal = cast(OptimalVariance, self._optimal)
+        variance: Literal["optimal", "posterior"] = (
+            "optimal" if self.config.variance_type == "optimal" else "posterior"
+        )
+        to_x_hat = self._table is not None or self.config.final_step == "mean"
+        if to_x_hat and num_steps == 1:
+            return torch.tensor([self._noisiest_timestep], dtype=torch.float64)
+        if self._table is not None:
+            path = shortest_path(step_costs(optimal, self._table, variance), num_steps - 1)
+            return path.flip(0)
+        first = self._terminal_timestep + to_x_hat
+        high, low = (float(self.log_snr(t)) for t in (first, self._noisiest_timestep))
+        candidates = torch.linspace(high, low, max(512, 2 * num_steps), dtype=torch.float64)
+        log_snrs = optimal_grid(optimal, num_steps - to_x_hat, candidates, variance=variance)
+        return self._whole(self.timestep_from_log_snr(log_snrs[not to_x_hat :].flip(0)))
+
+    @property
+    def _noisiest_timestep(self) -> float:
+        """Where sampling begins: the last of the table, or where a learned schedule has its z_1."""
+        table = self.config.log_snr_table
+        return float(self._last) if table is None else float(self.timestep_from_log_snr(table[-1]))
+
+    @staticmethod
+    def _whole(timesteps: Tensor) -> Tensor:
+        """Without what rounding left of whole numbers."""
+        whole = timesteps.round()
+        return torch.where((timesteps - whole).abs() < 1e-9, whole, timesteps)
+
     def _spaced_timesteps(self, num_steps: int, spacing: str) -> Tensor:
         offset, total = self.config.steps_offset, self._last + 1
         if self._table is None:
             times = fractional_times(spacing, num_steps, total, offset)
-            timesteps = self.timestep_from_log_snr(self.noise_schedule.log_snr(times))
-            whole = timesteps.round()
-            return torch.where((timesteps - whole).abs() < 1e-9, whole, timesteps)
+            return self._whole(self.timestep_from_log_snr(self.noise_schedule.log_snr(times)))
         if num_steps > total:
             raise ValueError(
                 f"`num_inference_steps` must not exceed the {total} timesteps that the model was trained on, got {num_steps}."
@@ -815,7 +878,8 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
     def _off_grid_row(self, timestep: Tensor | float) -> _Row:
         """A fractional timestep of the training chain, to the one before it."""
         c = self._checked(self._off_grid_table(as_float64(timestep).reshape(())))
-        row = _Row(*[float(v) for v in (*factored(c[0], c[1]), *factored(c[2], c[3]), *c[4:8])])
+        numbers: list[Any] = [float(v) for v in (*factored(c[0], c[1]), *factored(c[2], c[3]), *c[4:8])]
+        row = _Row(*numbers)
         return row if self._by_frequency is None else row._replace(deviations=self._band_columns(c))
 
     def _off_grid_table(self, timestep: Tensor) -> Tensor:
