@@ -9,7 +9,7 @@ with the variances that the library's table gives: 64 log SNRs measured on other
 the dynamic programming see too. The limit is the integral 1/2 SNR mse, and is compared with the mutual information. Prior
 and reconstruction are the same for all chains with the same two ends.
 
-    python benchmarks/steps_for_gap.py [--num_samples 1024] [--output steps_for_gap.json]
+    python benchmarks/steps_for_gap.py [--num_samples 512] [--output steps_for_gap.json]
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def run(shape: tuple[int, int, int], num_samples: int) -> dict[str, dict[str, in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--num_samples", type=int, default=1024, help="images that the mean squared errors are measured on"
+        "--num_samples", type=int, default=512, help="images that the mean squared errors are measured on"
     )
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 3072], choices=[64, 3072])
     parser.add_argument("--output", type=Path, help="write the table as JSON too")
