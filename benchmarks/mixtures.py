@@ -27,15 +27,17 @@ class SpectralMixture:
     variance: Tensor
 
     @staticmethod
-    def make(shape: tuple[int, int, int], components: int = 16, seed: int = 0) -> SpectralMixture:
-        """Pixels of standard deviation 0.4: two thirds of it (in variance) between components, one third within."""
+    def make(
+        shape: tuple[int, int, int], components: int = 16, seed: int = 0, deviation: float = 0.4
+    ) -> SpectralMixture:
+        """Pixels of a standard deviation: two thirds of it (in variance) between components, one third within."""
         generator = torch.Generator().manual_seed(seed)
         _, height, width = shape
         f = torch.arange(height, dtype=torch.float64)[:, None] ** 2 + torch.arange(width, dtype=torch.float64) ** 2
         spectrum = (1 / (1 + f)).expand(shape)
         means = torch.randn(components, *shape, generator=generator, dtype=torch.float64) * spectrum.sqrt()
-        means *= math.sqrt(2 / 3) * 0.4 / means.square().mean().sqrt()
-        variance = spectrum / spectrum.mean() * 0.4**2 / 3
+        means *= math.sqrt(2 / 3) * deviation / means.square().mean().sqrt()
+        variance = spectrum / spectrum.mean() * deviation**2 / 3
         return SpectralMixture(means, variance + 0.01**2)
 
     @property

@@ -3,7 +3,7 @@
 The bound is a sum over pixels: 1/2 integral of |eps - eps_hat|^2 over log SNR is one for each of them. (How a pixel's share depends on its
 neighbours is the model's business: shares add up to the image's bits, they are not likelihoods of single pixels.)
 
-    python examples/bits_per_pixel.py --checkpoint outputs/digits --output bits_per_pixel.png
+    python examples/bits_per_pixel.py [--checkpoint model_cards/digits-elbo] --output bits_per_pixel.png
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def bits_per_pixel(pipeline: VDMPipeline, images: torch.Tensor, num_samples: int
     return nats / math.log(2)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="outputs/digits", help="a pipeline of the 8x8 digits")
+    parser.add_argument("--checkpoint", default="model_cards/digits-elbo", help="a pipeline of the 8x8 digits")
     parser.add_argument("--num_images", type=int, default=8)
     parser.add_argument("--output", default="bits_per_pixel.png")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     pipeline = VDMPipeline.from_pretrained(arguments.checkpoint)
     images = torch.from_numpy(load_digits().images).to(torch.uint8)[:, None][-arguments.num_images :]
     bits = bits_per_pixel(pipeline, images)

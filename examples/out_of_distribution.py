@@ -3,7 +3,7 @@
 A likelihood alone is a poor score, because simple images are likely under any model of images; its difference to a general compressor's
 length is a better one (Serrà et al. 2020, "Input complexity and out-of-distribution detection with likelihood-based generative models").
 
-    python examples/out_of_distribution.py --checkpoint outputs/digits
+    python examples/out_of_distribution.py [--checkpoint model_cards/digits-elbo]
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def compressed_bits(images: Tensor) -> Tensor:
     return torch.tensor([8.0 * len(zlib.compress(image.numpy().tobytes(), 9)) for image in images])
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default="outputs/digits", help="a pipeline of the 8x8 digits")
+    parser.add_argument("--checkpoint", default="model_cards/digits-elbo", help="a pipeline of the 8x8 digits")
     parser.add_argument("--num_images", type=int, default=100, help="of each kind")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     pipeline = VDMPipeline.from_pretrained(arguments.checkpoint)
     generator = torch.Generator().manual_seed(0)
 

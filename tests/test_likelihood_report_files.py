@@ -38,7 +38,10 @@ def test_files_agree_with_the_figure(tmp_path, capsys):
     assert [row["num_steps"] for row in result["steps_curve"]] == [4, 8]
     assert result["steps_curve"][0]["bits_per_dim"] > result["steps_curve"][1]["bits_per_dim"] > 0
     block = (tmp_path / "out" / "model_card_block.md").read_text()
+    made = result["provenance"]
     for value in (f"{result['bits_per_dim']:.4f}", "discrete, 160 network evaluations", "| num steps | 30 |"):
+        assert value in block
+    for value in (made["command"], made["machine"], made["date"], f"torch {torch.__version__}", result["fingerprint"]):
         assert value in block
     for name in ("terms", "steps", "loss_weights", "most_and_least_likely"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 500

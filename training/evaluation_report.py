@@ -11,8 +11,6 @@ import torch
 from data import ImageSet
 from plots import image_grid
 
-from vdm_diffusers import __version__
-
 TERMS = ("prior", "diffusion", "reconstruction")
 
 
@@ -90,7 +88,12 @@ def markdown_block(result: dict[str, Any]) -> str:
             f"{result['method']}, {result['num_model_evaluations']} network evaluations, seed {result['seed']}",
         ),
         *((name.replace("_", " "), str(value)) for name, value in settings.items() if value is not None),
-        ("software", f"vdm-diffusers {__version__}, torch {torch.__version__}"),
+        ("checkpoint", result["checkpoint"]),
+        ("images' fingerprint", f"blake2b {result['fingerprint']}"),
+        ("software", ", ".join(f"{name} {version}" for name, version in result["provenance"]["versions"].items())),
+        ("machine", result["provenance"]["machine"]),
+        ("date", result["provenance"]["date"]),
+        ("command", f"`{result['provenance']['command']}`"),
     ]
     lines = [f"| {name} | {value} |" for name, value in rows]
     return "\n".join(["### Likelihood", "", "| | |", "|---|---|", *lines, ""])
