@@ -11,6 +11,7 @@ import pytest
 import torch
 import train
 import yaml
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from checkpoints import list_checkpoints
 from ema import EMA
@@ -242,3 +243,29 @@ def test_accelerate_launch_with_the_configuration(recipe, replicated, tmp_path):
     said = launch(recipe, tmp_path / "divided", {"ACCELERATE_USE_CPU": "true"}, launcher)
     assert "weights divided" in said
     assert_close(tmp_path / "divided", replicated)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "learning",
+    [{"learn_schedule": True, "async_checkpoints": True}, {"time_sampling": "adaptive"}],
+    ids=["schedule", "density"],
+)
+def test_what_is_learned_about_time_is_the_same_on_two_processes(recipe, tmp_path, learning):
+    """One process with 16 images, two with 8 each: schedule or density, their optimiser, and the network."""
+    options = {"eval_steps": 0, "max_train_steps": 6, "checkpointing_steps": 3, **learning}
+    launch(recipe, tmp_path / "two", **options)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    given = {"config": recipe, "output_dir": tmp_path / "one", **options, "train_batch_size": 16}
+    assert train.main([f"--{name}={value}" for name, value in given.items()]) == 0
+    assert_close(tmp_path / "two", tmp_path / "one")
+    state = "schedule" if "learn_schedule" in learning else "time_sampler"
+    for folder in ("checkpoint-3", "checkpoint-6"):
+        for path in (f"training_state/{state}.safetensors", "training_state/weights.safetensors"):
+            assert_close(tmp_path / "two" / folder, tmp_path / "one" / folder, path)
+    first, last = (
+        load_file(tmp_path / "one" / f"checkpoint-{step}" / "training_state" / f"{state}.safetensors")
+        for step in (3, 6)
+    )
+    assert any(not torch.equal(first[name], last[name]) for name in last)  # it was still learning
