@@ -130,8 +130,10 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    model: Literal["vdm", "vae", "hvae"] = argument(
-        "vdm", "vdm: a diffusion model. vae, hvae: a (hierarchical) variational autoencoder, trained by its own bound."
+    model: Literal["vdm", "vae", "hvae", "latent_vdm"] = argument(
+        "vdm",
+        "vdm: a diffusion model. vae, hvae: a (hierarchical) variational autoencoder, trained by its own bound. latent_vdm: a VAE "
+        "whose prior is a diffusion model.",
     )
     model_config_name_or_path: str | None = argument(
         None,
@@ -157,6 +159,15 @@ class ModelArguments:
         "vae, hvae: width at every resolution, from the finest on, each half as high and wide as the one before.",
     )
     num_layers: int = argument(2, "hvae: layers of latents.")
+    vae: str | None = argument(
+        None,
+        "vae, latent_vdm: folder or repository of a VariationalAutoencoder to start from; latent_vdm: also of Diffusers' AutoencoderKL.",
+    )
+    latent_stages: list[float] = argument(
+        [0.4, 0.4, 0.2],
+        "latent_vdm: shares of the optimiser steps for the VAE alone, the prior alone (of the VAE as it then is), and both by the "
+        "joint bound. 0 0 1: end to end; 0 1 0: the prior of a given --vae.",
+    )
     likelihood: Likelihood = argument(
         "discretized_logistic", "vae, hvae: of a pixel's level given the latents; bernoulli for 2 levels."
     )
@@ -513,6 +524,7 @@ def check_arguments(arguments: Arguments) -> None:
             f"--log_snr_max must exceed --log_snr_min, got {values['log_snr_max']} <= {values['log_snr_min']}. Did you pass gamma? "
             "log SNR = -gamma."
         )
+    _check_latent(arguments)
     if values["class_dropout"] and not values["class_conditional"]:
         raise ValueError("--class_dropout needs --class_conditional.")
     _check_learning(arguments.diffusion)
@@ -526,6 +538,33 @@ def check_arguments(arguments: Arguments) -> None:
             f"--loss {values['loss']} with a table of betas needs --train_time continuous: the step from x_1 to clean data has "
             "no finite ELBO weight (evaluations give it DDPM's decoder)."
         )
+
+
+def _check_latent(arguments: Arguments) -> None:
+    """Raise ValueError for arguments that do not go with a model that has a learned encoder."""
+    model, diffusion = arguments.model, arguments.diffusion
+    if model.vae is not None and model.model not in ("vae", "latent_vdm"):
+        raise ValueError(f"--vae is for --model vae and latent_vdm, not {model.model}.")
+    if model.model == "vdm":
+        return
+    if arguments.optimization.compile:
+        raise ValueError(f"--compile is not done for --model {model.model}.")
+    if model.model != "latent_vdm":
+        return
+    shares = model.latent_stages
+    if len(shares) != 3 or min(shares) < 0 or not sum(shares):
+        raise ValueError(f"--latent_stages must be three shares, not all 0, got {shares}.")
+    wanted = {
+        "--loss elbo": diffusion.loss == "elbo",
+        "--time_sampling low_discrepancy": diffusion.time_sampling == "low_discrepancy",
+        "--variance_type fixed_small": diffusion.variance_type == "fixed_small",
+        "no --learn_schedule": not diffusion.learn_schedule,
+        "continuous --train_time": not trains_in_discrete_time(diffusion),
+        "a --ddpm_beta_schedule in log SNR": diffusion.ddpm_beta_schedule in LOG_SNR_SCHEDULES,
+    }
+    missing = [name for name, there in wanted.items() if not there]
+    if missing:
+        raise ValueError(f"--model latent_vdm needs {', and '.join(missing)}.")
 
 
 def trains_in_discrete_time(args: DiffusionArguments) -> bool:

@@ -17,6 +17,7 @@ from vdm_diffusers import VDMPipeline, evaluate_likelihood
 from vdm_diffusers.decoders import encode_pixels
 from vdm_diffusers.elbo import squared_error
 from vdm_diffusers.gaussian import diffuse
+from vdm_diffusers.likelihood import LikelihoodReport
 from vdm_diffusers.models.labels import default_label, is_class_conditional
 from vdm_diffusers.prediction import convert
 
@@ -47,7 +48,7 @@ def bits_per_dim(
         per_image: nats and terms of each image, in nats and in the images' order.
     """
     mine = torch.arange(process_index, len(images), num_processes)
-    parts: list[dict[str, Any]] = []
+    report = None
     conditional = is_class_conditional(pipeline.unet)
     if method is None and str(pipeline.scheduler.config.variance_type).startswith("learned"):
         method = "discrete"  # in continuous time there is no variance to learn
@@ -64,6 +65,15 @@ def bits_per_dim(
             progress_bar=progress_bar,
             **(options or {}),
         )
+    return combined_result(report, mine, images, num_processes)
+
+
+def combined_result(
+    report: LikelihoodReport | None, mine: Tensor, images: ImageSet, num_processes: int
+) -> dict[str, Any]:
+    """The reports of all processes, each of its own images `mine` (None: of none), as `bits_per_dim` returns them."""
+    parts: list[dict[str, Any]] = []
+    if report is not None:
         part = {"nats": report.nats.tolist(), "error": report.standard_error * len(mine), "method": report.method}
         part |= {"evaluations": report.num_model_evaluations, "is_bound": report.is_bound}
         part |= {"settings": report.settings, "index": mine.tolist()}

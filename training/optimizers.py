@@ -66,15 +66,23 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 loss = closure()
         self.adamw.step()
         group = self.param_groups[0]
-        gradients = [torch.stack([parameter.grad.flatten(1) for parameter in stack]) for stack in self.stacks]
         if self.buffers is None:
-            self.buffers = [torch.zeros_like(gradient) for gradient in gradients]
-        torch._foreach_lerp_(self.buffers, gradients, 1 - self.momentum)
-        torch._foreach_mul_(group["params"], 1 - group["lr"] * group["weight_decay"])
-        for stack, gradient, buffer in zip(self.stacks, gradients, self.buffers, strict=True):
-            update = orthogonalize(gradient.lerp_(buffer, self.momentum))  # Nesterov's momentum
+            self.buffers = [torch.stack([p.flatten(1) for p in stack]).zero_() for stack in self.stacks]
+        for stack, buffer in zip(self.stacks, self.buffers, strict=True):
+            # weights without a gradient, which a stage of a training does not reach, stay as they are
+            rows = [i for i, parameter in enumerate(stack) if parameter.grad is not None]
+            if not rows:
+                continue
+            reached = [stack[i] for i in rows]
+            gradient = torch.stack([parameter.grad.flatten(1) for parameter in reached])
+            momentum = buffer if len(rows) == len(stack) else buffer[rows]
+            momentum.lerp_(gradient, 1 - self.momentum)
+            if momentum is not buffer:
+                buffer[rows] = momentum
+            torch._foreach_mul_(reached, 1 - group["lr"] * group["weight_decay"])
+            update = orthogonalize(gradient.lerp_(momentum, self.momentum))  # Nesterov's momentum
             scale = -group["lr"] * 0.2 * math.sqrt(max(update.shape[1:]))
-            for parameter, matrix in zip(stack, update, strict=True):
+            for parameter, matrix in zip(reached, update, strict=True):
                 parameter.add_(matrix.view(parameter.shape), alpha=scale)
         return loss
 
