@@ -31,7 +31,7 @@ from config import DIGITS_RECIPE, RECIPES, Arguments, parse_arguments
 from data import ImageSet, default_test_split, load_split, load_splits
 from diffusion import DiffusionTask, Rows, make_scheduler
 from ema import ema_decay
-from latent_models import make_latent_model
+from latent_models import latent_report, make_latent_model, make_stages
 from networks import make_network
 from optimizers import make_optimizer
 
@@ -72,6 +72,20 @@ def arguments(name: str, dataset_name: str | None, small: bool) -> Arguments:
     kind = name.rstrip("0123456789")
     if kind in ("vae", "hvae"):
         tokens += ["--model", kind, "--num_layers", name[4:] or "1"]
+    elif name == "latent_vdm":
+        tokens += [
+            "--model",
+            name,
+            "--log_snr_max",
+            "8",
+            "--log_snr_min",
+            "-6",
+            "--log_snr_table",
+            "8",
+            "-6",
+            "--hidden_channels",
+            "48",
+        ]
     elif name in PREDICTIONS:
         tokens += ["--prediction_type", name.removeprefix("vdm_")]
     return parse_arguments(tokens)
@@ -182,50 +196,29 @@ def run(
     common = {"held_out": held_out, "args": args, "train_levels": train_levels}
     tighter = None
 
-    def bits(bound: Callable) -> Loss:
-        return lambda levels, step: bound(levels, generator=torch.Generator().manual_seed(2**20 + step)).nats * to_bits
-
     report: LikelihoodReport
-    if name in ("vae", "hvae2", "hvae4"):
-        model = make_latent_model(args, train_set, num_levels).to(device)
-        steps = train(name, [model], bits(model.bound), budget=budget, **common)
-        report = evaluate_latent_likelihood(model.bound, test_levels, num_repeats=repeats)
-        tighter = evaluate_latent_likelihood(
-            model.bound,
-            test_levels,
-            importance_weighted_bound=model.importance_weighted_bound,
-            importance_samples=16,
-            num_repeats=2,
-        )
-        parameters = model.num_parameters()
-    elif name == "latent_vdm":
-        args.model.model = "vae"
-        vae = make_latent_model(args, train_set, num_levels).to(device)
-        args.diffusion.log_snr_max, args.diffusion.log_snr_min, args.diffusion.log_snr_table = 8.0, -6.0, None
-        channels, *size = vae.latent_shape
-        unet = VDMUNet2DModel(
-            sample_size=size,
-            in_channels=channels,
-            hidden_channels=48,
-            layers_per_block=2,
-            fourier_exponents=(),
-            attention_head_dim=16,
-            norm_num_groups=8,
-            dropout=0.1,
-        ).to(device)
-        model = LatentVDMPipeline(vae, unet, make_scheduler(args.diffusion))
-        steps = train(name, [vae], bits(vae.bound), budget=0.4 * budget, **common)
-        model.fit_latent_scale(train_levels[:1024].to(device))
-        vae.requires_grad_(False)
+    if name == "latent_vdm" or name in ("vae", "hvae2", "hvae4"):
+        network = make_latent_model(args, train_set, num_levels).to(device)
+        model, steps = network.published, 0
+        for stage in make_stages(args, 1000):  # as shares of the budget
+            if stage.name == "prior":
+                network.begin_prior(train_levels, None)
+            # what a stage does not reach
+            network.vae.requires_grad_(stage.name != "prior")
+            if network.unet is not None:
+                network.unet.requires_grad_(stage.name != "vae")
 
-        def prior_bound(levels: Tensor, generator: torch.Generator) -> object:
-            return model.latent_bound(model.encode(levels, generator=generator), generator=generator)
+            def loss(levels: Tensor, step: int, name: str = stage.name) -> Tensor:
+                return network(levels, torch.Generator().manual_seed(2**20 + step), name) * to_bits
 
-        steps += train(name, [unet], bits(prior_bound), budget=0.4 * budget, **common)
-        vae.requires_grad_(True)
-        steps += train(name, [vae, unet], bits(model.bound), budget=0.2 * budget, scale=0.2, **common)  # end to end
-        report = evaluate_latent_likelihood(model.bound, test_levels, num_repeats=4 * repeats)
-        parameters = vae.num_parameters() + unet.num_parameters()
+            share = budget * (stage.end - stage.first) / 1000
+            steps += train(f"{name} {stage.name}", [network], loss, budget=share, scale=stage.rate, **common)
+        network.requires_grad_(True)
+        passes = 4 * repeats if name == "latent_vdm" else repeats  # one time a pass
+        report = evaluate_latent_likelihood(model.bound, test_levels, num_repeats=passes)
+        if name != "latent_vdm":
+            tighter = latent_report(model, test_levels, seed=0, num_samples=2, batch_size=256, importance_samples=16)
+        parameters = sum(p.numel() for p in network.parameters())
     else:
         unet = make_network(args, train_set)
         if name in PREDICTIONS:  # the residual connection would help the noise alone

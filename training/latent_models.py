@@ -68,6 +68,21 @@ class BoundModel(nn.Module):
         return cls(saved.vae, saved.unet, saved.scheduler, **config)
 
     @property
+    def config(self) -> dict[str, Any]:
+        """What `from_config` makes another one of."""
+        parts = [self.vae] if self.pipeline is None else [self.vae, self.unet, self.pipeline.scheduler]
+        names = ("num_levels", "pixel_encoding", "decoder_scale")
+        return {
+            "parts": [(type(part), part.config) for part in parts],
+            "pipeline": {} if self.pipeline is None else {name: self.pipeline.config[name] for name in names},
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> BoundModel:
+        """One of the same parts, freshly initialised."""
+        return cls(*(kind.from_config(part) for kind, part in config["parts"]), **config["pipeline"])
+
+    @property
     def published(self) -> LatentModel:
         """What is saved, evaluated and sampled."""
         return self.vae if self.pipeline is None else self.pipeline
@@ -81,7 +96,7 @@ class BoundModel(nn.Module):
 
     def begin_prior(self, levels: Tensor, average: BoundModel | None) -> None:
         """Before the prior's first step: take over the averaged VAE, and fix the scales that it does not bring along."""
-        if average is not None:
+        if average is not None:  # at the first step of a run they are the same
             self.vae.load_state_dict(average.vae.state_dict())
         levels = levels[:_IMAGES_TO_FIT].long()
         if self.pipeline.scaling_factor == 1 and self.pipeline.shift_factor == 0:
@@ -100,7 +115,11 @@ class BoundModel(nn.Module):
 
 
 def _in_full(module: nn.Module, arguments: Any, output: Any) -> Any:
-    half = isinstance(output, Tensor) and output.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(output.device.type)
+    half = (
+        isinstance(output, Tensor)
+        and output.dtype in (torch.float16, torch.bfloat16)
+        and torch.is_autocast_enabled(output.device.type)
+    )
     return output.float() if half else output
 
 
@@ -141,6 +160,7 @@ def make_latent_model(args: Arguments, images: ImageSet, num_levels: int) -> Bou
         "latent_channels": model.latent_channels,
         "block_out_channels": model.block_out_channels,
         "norm_num_groups": model.norm_num_groups,
+        "dropout": model.dropout,
         "likelihood": model.likelihood,
         "num_levels": num_levels,
         "pixel_encoding": args.diffusion.pixel_encoding,
@@ -198,9 +218,7 @@ class LatentTask:
 
     discrete = False
 
-    def __init__(
-        self, stages: list[Stage], *, seed: int, device: torch.device, random_flip: bool = False
-    ) -> None:
+    def __init__(self, stages: list[Stage], *, seed: int, device: torch.device, random_flip: bool = False) -> None:
         self.stages, self.seed, self.device, self.random_flip = stages, seed, device, random_flip
 
     def stage(self, step: int) -> Stage:
@@ -229,7 +247,9 @@ def latent_report(
     tighter = {}
     if importance_samples > 1:
         if isinstance(model, LatentVDMPipeline):
-            raise ValueError("the bound of several samples needs a density of the latents, which a diffusion prior only bounds.")
+            raise ValueError(
+                "the bound of several samples needs a density of the latents, which a diffusion prior only bounds."
+            )
         tighter = {
             "importance_weighted_bound": lambda batch, number, generator: model.importance_weighted_bound(
                 batch.to(device), number, generator=generator

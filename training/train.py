@@ -34,7 +34,13 @@ import numpy as np
 import PIL.Image
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    ProjectConfiguration,
+    gather_object,
+    set_seed,
+)
 from checkpoints import (
     CheckpointError,
     CheckpointWriter,
@@ -58,7 +64,18 @@ from diffusers.utils import logging as diffusers_logging
 from diffusion import DiffusionTask, Losses, Rows, make_scheduler
 from ema import EMA
 from evaluating import TERMS, bits_per_dim, combined_error, draw_samples
-from latent_models import MODEL_CLASSES, LatentTask, latent_bits_per_dim, make_latent_model, sampled_levels
+from latent_models import (
+    BoundModel,
+    LatentModel,
+    LatentTask,
+    Stage,
+    latent_bits_per_dim,
+    latent_pictures,
+    latent_samples,
+    load_saved,
+    make_latent_model,
+    make_stages,
+)
 from networks import make_network, no_class_label
 from optimizers import make_optimizer
 from plots import image_grid
@@ -90,10 +107,22 @@ STATE_FOLDER = "training_state"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FOLDER = "samples"
 SAMPLES_FILE = "samples.png"
+MODEL_NAMES = {
+    "vdm": "variational diffusion model",
+    "vae": "variational autoencoder",
+    "hvae": "Markovian hierarchical variational autoencoder",
+    "latent_vdm": "variational autoencoder with a variational diffusion model as its prior, a model",
+}
+PICTURES = {
+    SAMPLES_FILE: "Samples, drawn in {steps} steps, not selected.",
+    "reconstructions.png": "Held-out images, and below each row what encoder and decoder make of it.",
+    "traversal.png": "One held-out image; in each row one latent from -3 to 3 standard deviations of the prior.",
+    "interpolations.png": "In each row from one held-out image to another through the latents.",
+}
 OWN_FILES = (
     *("model_index.json", "unet", "scheduler", "README.md"),
     *("config.json", "diffusion_pytorch_model.safetensors"),
-    *(ARGUMENTS_FILE, METRICS_FILE, SAMPLES_FOLDER, SAMPLES_FILE),
+    *(ARGUMENTS_FILE, METRICS_FILE, SAMPLES_FOLDER, "vae", *PICTURES),
 )
 NUM_BINS = 16  # of log SNR, for the loss by log SNR
 BYTES_KEPT_ON_DEVICE = 2 << 30  # data sets up to this size live on the accelerator
@@ -145,16 +174,6 @@ def idle_cores(accelerator: Accelerator) -> str | None:
         f"warning: {local} process(es) with {torch.get_num_threads()} thread(s) each use {used} of {cores} cores. "
         f"Set OMP_NUM_THREADS={cores // local} (or --num_cpu_threads_per_process of `accelerate launch`)."
     )
-
-
-def check_latent_run(args: Arguments, accelerator: Accelerator) -> None:
-    """Raise SetupError if a model with a learned encoder is asked for what only diffusion models can do here."""
-    if args.model.model == "vdm":
-        return
-    if accelerator.num_processes > 1 or accelerator.mixed_precision != "no":
-        raise SetupError(f"--model {args.model.model} trains in one process and in float32.")
-    if args.run.push_to_hub:
-        raise SetupError(f"--model {args.model.model} has no model card yet: save it, and use its own push_to_hub.")
 
 
 def prepare_output_dir(args: Arguments, accelerator: Accelerator) -> Path:
@@ -390,7 +409,6 @@ class Training:
         self.args, self.accelerator = args, accelerator
         optimization, device = args.optimization, accelerator.device
         check_launch(accelerator)
-        check_latent_run(args, accelerator)
         try:
             self.sharding = requested_sharding(accelerator)
         except ValueError as error:
@@ -412,7 +430,8 @@ class Training:
 
         # a login that is missing is found out now, not in days
         self.repo_id = hub_repository(args, self.output_dir) if accelerator.is_main_process else None
-        self.last_evaluation, self.last_samples = None, None
+        self.last_evaluation: dict[str, Any] | None = None
+        self.last_samples: dict[str, Path] = {}  # pictures of the model card
 
         with accelerator.local_main_process_first():  # the others find what the first has downloaded
             self.stream = None
@@ -495,12 +514,16 @@ class Training:
         if accelerator.is_main_process:
             self.check_disk()
         # The schedule is used as a function of the optimiser step: nothing to save, nothing that could count otherwise.
-        self.learning_rate_factor = get_scheduler(
-            optimization.lr_scheduler,
-            optimizer,
-            num_warmup_steps=optimization.lr_warmup_steps,
-            num_training_steps=self.num_steps,
-        ).lr_lambdas[0]
+        self.stages = make_stages(args, self.num_steps)
+        self.learning_rate_factors = {
+            stage: get_scheduler(
+                optimization.lr_scheduler,
+                optimizer,
+                num_warmup_steps=optimization.lr_warmup_steps,
+                num_training_steps=stage.end - stage.first,
+            ).lr_lambdas[0]
+            for stage in self.stages
+        }
         order = DataOrder(len(self.train_images), optimization.seed)
         self.batches = Batches(self.train_images, order, device) if self.stream is None else self.stream
         if resume_from is not None and self.stream is not None:
@@ -508,7 +531,7 @@ class Training:
         common = {"seed": optimization.seed, "device": device, "random_flip": args.data.random_flip}
         self.task: LatentTask | DiffusionTask
         if self.is_latent:
-            self.task = LatentTask(self.network, **common)
+            self.task = LatentTask(self.stages, **common)
         else:
             self.task = DiffusionTask(
                 args.diffusion,
@@ -563,11 +586,31 @@ class Training:
 
     @property
     def is_latent(self) -> bool:
-        """Whether a model with a learned encoder is trained: it is saved as a model, and is no pipeline."""
+        """Whether a model with a learned encoder is trained, by its own bound."""
         return self.args.model.model != "vdm"
 
-    def pipeline(self, network: ModelMixin | None = None) -> VDMPipeline:
-        """A pipeline of the averaged network, or of its copy."""
+    def stage(self, step: int) -> Stage:
+        """The part of the run that a step belongs to; one that trains all weights alike has one stage."""
+        return next(stage for stage in self.stages if step < stage.end)
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Of --learning_rate at a step: every stage has the whole course."""
+        stage = self.stage(step)
+        return stage.rate * self.learning_rate_factors[stage](step - stage.first)
+
+    def begin_stage(self) -> None:
+        """Before a step: where the prior's own stage begins, or the joint one of a given VAE, fix what it builds upon."""
+        stage = self.stage(self.step)
+        if self.step != stage.first or self.args.model.model != "latent_vdm":
+            return
+        if stage.name == "prior" or (stage.name == "joint" and not stage.first and self.args.model.vae is not None):
+            average = None if self.ema is None else self.ema.model
+            self.network.begin_prior(self.train_images.images, average)
+
+    def pipeline(self, network: ModelMixin | None = None) -> VDMPipeline | LatentModel:
+        """A pipeline of the averaged network, or of its copy; a VAE is one by itself."""
+        if self.is_latent:
+            return (self.averaged if network is None else network).published
         encoding, network = self.args.diffusion.pixel_encoding, self.averaged if network is None else network
         return VDMPipeline(network, self.time.scheduler(), num_levels=self.num_levels, pixel_encoding=encoding)
 
@@ -578,6 +621,7 @@ class Training:
         optimization, accelerator = self.args.optimization, self.accelerator
         collected: list[Losses] = []
         healthy = True
+        self.begin_stage()
         for group in self.optimizer.param_groups:
             group["lr"] = optimization.learning_rate * self.learning_rate_factor(self.step)
         for micro_batch in range(optimization.gradient_accumulation_steps):
@@ -615,7 +659,7 @@ class Training:
         self.meter.add_gradient_norm(norm)
         self.time.step(accelerator, self.learning_rate_factor(self.step - 1))
         if self.ema is not None:
-            self.ema.update(self.step)
+            self.ema.update(self.step - self.stage(self.step - 1).first)
 
     def skip_step(self) -> None:
         """Go on as if the step's images had not been there, or raise FloatingPointError after too many in a row.
@@ -782,16 +826,14 @@ class Training:
             "num_samples": self.args.run.eval_num_samples,
             "batch_size": self.args.run.eval_batch_size,
         }
-        if self.is_latent:
-            result = latent_bits_per_dim(averaged, self.eval_images, **common)
-        else:
-            result = bits_per_dim(
-                self.pipeline(averaged),
-                self.eval_images,
-                process_index=self.accelerator.process_index,
-                num_processes=self.accelerator.num_processes,
-                **common,
-            )
+        evaluator = latent_bits_per_dim if self.is_latent else bits_per_dim
+        result = evaluator(
+            self.pipeline(averaged),
+            self.eval_images,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            **common,
+        )
         self.network.train()
         self.last_evaluation = result
         self.log.write(self.step, {f"eval/{name}": value for name, value in result.items()})
@@ -804,23 +846,28 @@ class Training:
         """A grid of samples, from the same noise each time."""
         averaged = self.whole_average().eval()
         if self.accelerator.is_main_process:
-            common = {"seed": self.args.optimization.seed, "batch_size": self.args.run.eval_batch_size}
+            seed, number = self.args.optimization.seed, self.args.run.num_sample_images
+            common = {
+                "seed": seed,
+                "batch_size": self.args.run.eval_batch_size,
+                "num_inference_steps": self.args.diffusion.ddpm_num_inference_steps,
+            }
+            more = {}
             if self.is_latent:
-                levels = sampled_levels(averaged, self.args.run.num_sample_images, **common)
+                levels = latent_samples(self.pipeline(averaged), number, **common)
+                more = latent_pictures(self.pipeline(averaged), self.eval_images.images, seed=seed)
             else:
-                levels = draw_samples(
-                    self.pipeline(averaged),
-                    self.args.run.num_sample_images,
-                    num_inference_steps=self.args.diffusion.ddpm_num_inference_steps,
-                    num_classes=self.num_classes if self.args.model.class_conditional else None,
-                    **common,
-                )
-            grid = image_grid(levels, self.num_levels)
+                classes = self.num_classes if self.args.model.class_conditional else None
+                levels = draw_samples(self.pipeline(averaged), number, num_classes=classes, **common)
             folder = self.output_dir / SAMPLES_FOLDER
             folder.mkdir(exist_ok=True)
-            grid.save(folder / f"step-{self.step:07d}.png")
-            self.last_samples = folder / f"step-{self.step:07d}.png"
-            self.log.picture(self.step, "samples", grid)
+            self.last_samples = {}
+            for name, (images, columns) in {"samples": (levels, None), **more}.items():
+                grid = image_grid(images, self.num_levels, columns=columns)
+                path = folder / f"{'' if name == 'samples' else name + '-'}step-{self.step:07d}.png"
+                grid.save(path)
+                self.last_samples[f"{name}.png"] = path
+                self.log.picture(self.step, name, grid)
         self.network.train()
         self.accelerator.wait_for_everyone()
 
@@ -861,7 +908,7 @@ class Training:
             time_learning = copy.deepcopy(self.time)
         if self.args.run.async_checkpoints or self.sharding is not None:
             model = self._copy_of_averaged(averaged)
-        saved = model if self.is_latent else self.pipeline(model)
+        saved = self.pipeline(model)
         description = self.description()
         position = {
             "format": 1,
@@ -898,6 +945,8 @@ class Training:
         if self.copied is None:
             self.copied = self._new_network()
         self.copied.load_state_dict(averaged)
+        if isinstance(self.copied, BoundModel):
+            self.copied.take_scales(self.averaged)
         return self.copied
 
     def save_pipeline(self) -> None:
@@ -905,10 +954,10 @@ class Training:
         averaged = self.whole_average()
         if self.accelerator.is_main_process:
             with explained_failure(self.output_dir), atomic_folder(self.output_dir / "pipeline") as folder:
-                (averaged if self.is_latent else self.pipeline(averaged)).save_pretrained(folder)
+                self.pipeline(averaged).save_pretrained(folder)
                 write_json(folder / ARGUMENTS_FILE, self.description())
             written = self.output_dir / "pipeline"
-            index = "config.json" if self.is_latent else "model_index.json"
+            index = "config.json" if self.args.model.model in ("vae", "hvae") else "model_index.json"
             names = [path.name for path in written.iterdir() if path.name not in (index, "manifest.json")]
             (self.output_dir / index).unlink(missing_ok=True)
             for name in [*names, index]:
@@ -921,12 +970,13 @@ class Training:
 
     def publish(self) -> None:
         """The model card in --output_dir, and with --push_to_hub the model, its card and its pictures on the Hub."""
-        if self.accelerator.is_main_process and not self.is_latent:
+        if self.accelerator.is_main_process:
             images = {}
-            if self.last_samples is not None:
-                shutil.copyfile(self.last_samples, self.output_dir / SAMPLES_FILE)
-                steps = self.args.diffusion.ddpm_num_inference_steps
-                images[SAMPLES_FILE] = f"Samples, drawn in {steps} steps, not selected."
+            for name, picture in self.last_samples.items():
+                shutil.copyfile(picture, self.output_dir / name)
+                images[name] = PICTURES[name].format(steps=self.args.diffusion.ddpm_num_inference_steps)
+            if self.args.model.model in ("vae", "hvae") and self.last_samples:
+                images[SAMPLES_FILE] = "Samples, not selected."
             write_model_card(self.output_dir, self.model_description(images))
             if self.repo_id is not None:
                 run = self.args.run
@@ -965,7 +1015,8 @@ class Training:
     def model_description(self, images: dict[str, str]) -> ModelDescription:
         """What the model card says: what was trained on what, and the last evaluation."""
         args, seed = self.args, self.args.optimization.seed
-        provenance, schedule = Provenance.of_this_run(seed), self.time.scheduler().noise_schedule
+        provenance, kind = Provenance.of_this_run(seed), args.model.model
+        schedule = None if kind in ("vae", "hvae") else self.time.scheduler().noise_schedule
         identifier = "sklearn.datasets.load_digits" if is_digits(args.data) else self.train_images.source
         on_hub = args.data.dataset_name is not None and not Path(args.data.dataset_name).exists()
         measurements = []
@@ -985,10 +1036,10 @@ class Training:
                     **{
                         name: result[name] for name in ("bits_per_dim", "standard_error", "sampling_error", "is_bound")
                     },
-                    method=f"ELBO in {result['method']} time",
+                    method="ELBO" if self.is_latent else f"ELBO in {result['method']} time",
                     num_steps=args.diffusion.ddpm_num_steps if result["method"] == "discrete" else None,
-                    log_snr_max=schedule.log_snr_max,
-                    log_snr_min=schedule.log_snr_min,
+                    log_snr_max=schedule and schedule.log_snr_max,
+                    log_snr_min=schedule and schedule.log_snr_min,
                     num_model_evaluations=result["num_model_evaluations"],
                     data=data,
                     provenance=provenance,
@@ -999,10 +1050,10 @@ class Training:
         parameters = sum(p.numel() for p in self.network.parameters())
         return ModelDescription(
             title=(self.repo_id or self.output_dir.resolve().name).split("/")[-1],
-            summary=f"A variational diffusion model of images of {height}x{width} pixels, {channels} channel(s), {self.num_levels} levels.",
+            summary=f"A {MODEL_NAMES[kind]} of images of {height}x{width} pixels, {channels} channel(s), {self.num_levels} levels.",
             license=args.run.hub_license,
             training=f"Trained on {self.train_images.name}: {self.step} optimiser steps of {self.global_batch} images, loss "
-            f"{args.diffusion.loss}, schedule {args.diffusion.ddpm_beta_schedule}, {parameters / 1e6:.2f}M weights"
+            f"{'the bound' if schedule is None else f'{args.diffusion.loss}, schedule {args.diffusion.ddpm_beta_schedule}'}, {parameters / 1e6:.2f}M weights"
             f"{', averaged' if self.ema else ''}.",
             training_data=[identifier] if on_hub else [],
             provenance=provenance,
@@ -1025,11 +1076,13 @@ class Training:
         try:
             self.network.load_state_dict(load_file(state / "weights.safetensors"))
             self.time.load(state)
+            if self.is_latent:
+                averaged = load_saved(self.args.model.model, checkpoint)
+                for model in [self.network] if self.ema is None else [self.network, self.ema.model]:
+                    model.take_scales(averaged)
+            elif self.ema is not None:
+                averaged = VDMPipeline.from_pretrained(checkpoint).unet
             if self.ema is not None:
-                if self.is_latent:
-                    averaged = MODEL_CLASSES[self.args.model.model].from_pretrained(checkpoint)
-                else:
-                    averaged = VDMPipeline.from_pretrained(checkpoint).unet
                 self.ema.model.load_state_dict(averaged.state_dict())
         except RuntimeError as error:
             raise CheckpointError(
@@ -1066,8 +1119,12 @@ def make_accelerator(args: Arguments) -> Accelerator:
             mixed_precision=args.optimization.mixed_precision,
             log_with=logger,
             project_config=folders,
-            # the others wait while one downloads data or draws samples
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+            kwargs_handlers=[
+                # the others wait while one downloads data or draws samples
+                InitProcessGroupKwargs(timeout=timedelta(hours=2)),
+                # the stages of a VAE with a diffusion prior do not reach all weights
+                DistributedDataParallelKwargs(find_unused_parameters=args.model.model == "latent_vdm"),
+            ],
         )
     except ValueError as error:  # what this device cannot do
         raise SetupError(str(error)) from error

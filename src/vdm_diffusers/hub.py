@@ -197,21 +197,28 @@ def _push(
     return commit
 
 
+def _index(folder: pathlib.Path) -> pathlib.Path:
+    """What names the class: a pipeline's model_index.json, or a model's config.json."""
+    pipeline = folder / "model_index.json"
+    return pipeline if pipeline.is_file() else folder / "config.json"
+
+
 def _class_name(folder: pathlib.Path) -> str:
-    return str(json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"])
+    return str(json.loads(_index(folder).read_text(encoding="utf-8"))["_class_name"])
 
 
 def _publishable(folder: pathlib.Path, token: str | None) -> list[str]:
     """Paths of what is pushed, relative to `folder`."""
-    index = folder / "model_index.json"
+    index = _index(folder)
     if not index.is_file():
         raise ValueError(
-            f"`folder` must hold a pipeline, got {str(folder)!r} without model_index.json: save_pretrained first."
+            f"`folder` must hold a pipeline or a model, got {str(folder)!r} without model_index.json or config.json: save_pretrained first."
         )
-    components = [
-        name for name, value in json.loads(index.read_text(encoding="utf-8")).items() if isinstance(value, list)
-    ]
-    parts = [path for name in components for path in (folder / name).glob("*") if path.is_file()]
+    parts = [path for path in folder.glob("diffusion_pytorch_model*") if index.name == "config.json"]
+    if index.name == "model_index.json":
+        listed = json.loads(index.read_text(encoding="utf-8"))
+        components = [name for name, value in listed.items() if isinstance(value, list)]
+        parts = [path for name in components for path in (folder / name).glob("*") if path.is_file()]
     pickled = [path.name for path in parts if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
     if pickled:
         raise ValueError(f"weights are published as safetensors only, got {pickled[0]}: save_pretrained writes them.")
@@ -469,7 +476,7 @@ class Measurement:
         standard_error: of the estimator, for these images. sampling_error: between images, std / sqrt(N).
         method: for people, such as "ELBO in continuous time". is_bound: an upper bound, or the likelihood itself.
         num_steps: of the discrete chain or the solver; None in continuous time.
-        log_snr_max, log_snr_min: the end points of the schedule.
+        log_snr_max, log_snr_min: the end points of the schedule; None for a model without one.
         num_model_evaluations: in all, or for each image, as the evaluator counts.
         data, provenance: what was measured, and how.
         prior, diffusion, reconstruction: the terms of the bound in bits/dim, None where the method has none.
@@ -481,8 +488,8 @@ class Measurement:
     method: str
     is_bound: bool
     num_steps: int | None
-    log_snr_max: float
-    log_snr_min: float
+    log_snr_max: float | None
+    log_snr_min: float | None
     num_model_evaluations: int
     data: EvaluationData
     provenance: Provenance
@@ -494,6 +501,8 @@ class Measurement:
         _require_text(self, "method")
         for name in ("bits_per_dim", "standard_error", "sampling_error", "log_snr_max", "log_snr_min"):
             value = getattr(self, name)
+            if value is None and name.startswith("log_snr") and self.log_snr_max is self.log_snr_min:
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
         if min(self.standard_error, self.sampling_error) < 0:
@@ -620,8 +629,8 @@ def _eval_result(m: Measurement) -> EvalResult:
             "method": m.method,
             "is_bound": m.is_bound,
             "num_steps": "continuous time" if m.num_steps is None else m.num_steps,
-            "log_snr_max": float(m.log_snr_max),
-            "log_snr_min": float(m.log_snr_min),
+            **({} if m.log_snr_max is None else {"log_snr_max": float(m.log_snr_max)}),
+            **({} if m.log_snr_min is None else {"log_snr_min": float(m.log_snr_min)}),
             "num_images": m.data.num_images,
             "num_model_evaluations": m.num_model_evaluations,
             "command": m.provenance.command,
@@ -644,10 +653,8 @@ def _figures(measurements: Sequence[Measurement]) -> str:
         steps = "" if m.num_steps is None else f", {m.num_steps} steps"
         data = f"{m.data.name} {m.data.version}, {m.data.split}, {m.data.num_images} images"
         bound = "≤ " if m.is_bound else ""
-        rows.append(
-            f"| {data} | {bound}{m.bits_per_dim:.4f} ± {m.error:.4f} | {split} | {m.method}{steps} | "
-            f"{m.log_snr_max:g}, {m.log_snr_min:g} |"
-        )
+        ends = "-" if m.log_snr_max is None else f"{m.log_snr_max:g}, {m.log_snr_min:g}"
+        rows.append(f"| {data} | {bound}{m.bits_per_dim:.4f} ± {m.error:.4f} | {split} | {m.method}{steps} | {ends} |")
     errors = [
         f"The error combines the estimator's own ({m.standard_error:.2g}) with that between images ({m.sampling_error:.2g}).\n\n"
         + _provenance_table(m.provenance, {"model evaluations": str(m.num_model_evaluations)})
@@ -670,8 +677,26 @@ def _provenance_table(provenance: Provenance, more: Mapping[str, str]) -> str:
 
 def _usage(location: str, folder: pathlib.Path, num_inference_steps: int, published: bool) -> str:
     """How to sample and to evaluate, as code that runs."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = json.loads(_index(folder).read_text(encoding="utf-8"))
     class_name = index["_class_name"]
+    if class_name in ("VariationalAutoencoder", "HierarchicalVAE"):
+        size = index["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return "\n".join(
+            [
+                "With the package `vdm-diffusers` installed:",
+                "```python",
+                "import torch",
+                f"from vdm_diffusers import {class_name}, evaluate_latent_likelihood",
+                "",
+                f'model = {class_name}.from_pretrained("{location}")',
+                f"levels = model.sample(4)  # integers 0 to {index['num_levels'] - 1}",
+                f"images = torch.randint({index['num_levels']}, (8, {index['in_channels']}, {height}, {width}))  # yours in place of noise",
+                "report = evaluate_latent_likelihood(model.bound, images)",
+                "print(report.bits_per_dim, report.standard_error)",
+                "```",
+            ]
+        )
     if class_name != "VDMPipeline":
         library = "vdm_diffusers" if class_name == "LatentVDMPipeline" else "diffusers"
         load = f'pipe = {class_name}.from_pretrained("{location}")'

@@ -59,6 +59,7 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
         num_levels, pixel_encoding: of the images; see `vdm_diffusers.decoders`.
         scaling_factor, shift_factor: latents for another model's use are `(z - shift_factor) scaling_factor`, as in
             Diffusers' `AutoencoderKL`; nothing in here applies them.
+        dropout: in the residual blocks, while training.
 
     Raises:
         ValueError: sizes that do not divide as said, an unknown likelihood, or Bernoulli with other than two levels.
@@ -82,6 +83,7 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
         pixel_encoding: PixelEncoding = "bin_center",
         scaling_factor: float = 1.0,
         shift_factor: float | None = None,
+        dropout: float = 0.0,
     ):
         super().__init__()
         self.encoder, self.decoder = image_networks(self.config)
@@ -278,10 +280,11 @@ def image_networks(config: Mapping[str, Any]) -> tuple[ConvEncoder, ConvDecoder]
     check_sizes(config["sample_size"], widths, groups)
     check_likelihood(config["likelihood"], config["num_levels"])
     latents, outputs = config["latent_channels"], config["in_channels"] * num_parameters(config["likelihood"])
-    encoder = ConvEncoder(config["in_channels"], 2 * latents, widths, config["layers_per_block"], groups)
+    sizes = (widths, config["layers_per_block"], groups, config["dropout"])
+    encoder = ConvEncoder(config["in_channels"], 2 * latents, *sizes)
     # Latents that are mostly noise at first are soon ignored for good: a narrow posterior lets the decoder notice them.
     nn.init.constant_(encoder.get_parameter(f"{len(encoder) - 1}.bias")[latents:], -4.0)
-    return encoder, ConvDecoder(latents, outputs, widths, config["layers_per_block"], groups)
+    return encoder, ConvDecoder(latents, outputs, *sizes)
 
 
 def zero_(layer: nn.Module) -> None:
@@ -293,8 +296,9 @@ def zero_(layer: nn.Module) -> None:
 class ResnetBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), the identity (or a 1x1 convolution) when newly made."""
 
-    def __init__(self, in_channels: int, out_channels: int, norm_num_groups: int):
+    def __init__(self, in_channels: int, out_channels: int, norm_num_groups: int, dropout: float = 0.0):
         super().__init__()
+        self.dropout = nn.Dropout(dropout)
         self.norm1 = nn.GroupNorm(norm_num_groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(norm_num_groups, out_channels)
@@ -304,14 +308,20 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + self.conv2(self.dropout(F.silu(self.norm2(h))))
 
 
 class ConvEncoder(nn.Sequential):
     """Images `(B, C, H, W)` to `(B, out_channels, H / f, W / f)`."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, widths: Sequence[int], layers_per_block: int, norm_num_groups: int
+        self,
+        in_channels: int,
+        out_channels: int,
+        widths: Sequence[int],
+        layers_per_block: int,
+        norm_num_groups: int,
+        dropout: float,
     ):
         layers: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 3, padding=1)]
         width = widths[0]
@@ -319,7 +329,7 @@ class ConvEncoder(nn.Sequential):
             if i:
                 layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
             for _ in range(layers_per_block):
-                layers.append(ResnetBlock(width, new_width, norm_num_groups))
+                layers.append(ResnetBlock(width, new_width, norm_num_groups, dropout))
                 width = new_width
         layers += [nn.GroupNorm(norm_num_groups, width), nn.SiLU(), nn.Conv2d(width, out_channels, 3, padding=1)]
         super().__init__(*layers)
@@ -329,7 +339,13 @@ class ConvDecoder(nn.Sequential):
     """Latents `(B, C, h, w)` to `(B, out_channels, f h, f w)`, the encoder in reverse."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, widths: Sequence[int], layers_per_block: int, norm_num_groups: int
+        self,
+        in_channels: int,
+        out_channels: int,
+        widths: Sequence[int],
+        layers_per_block: int,
+        norm_num_groups: int,
+        dropout: float,
     ):
         width = widths[-1]
         layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 3, padding=1)]
@@ -337,7 +353,7 @@ class ConvDecoder(nn.Sequential):
             if i:
                 layers += [nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(width, width, 3, padding=1)]
             for _ in range(layers_per_block):
-                layers.append(ResnetBlock(width, new_width, norm_num_groups))
+                layers.append(ResnetBlock(width, new_width, norm_num_groups, dropout))
                 width = new_width
         layers += [nn.GroupNorm(norm_num_groups, width), nn.SiLU(), nn.Conv2d(width, out_channels, 3, padding=1)]
         super().__init__(*layers)

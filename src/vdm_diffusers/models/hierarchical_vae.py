@@ -65,6 +65,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         num_levels, pixel_encoding: of the images.
         encoder_log_snrs: L decreasing log SNRs: the restricted hierarchy, to which `latent_channels` and `likelihood` do not
             apply and in which nothing is downsampled.
+        dropout: in the residual blocks, while training.
 
     Raises:
         ValueError: sizes that do not divide, an unknown likelihood, or another number of log SNRs than layers.
@@ -89,6 +90,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         num_levels: int = 256,
         pixel_encoding: PixelEncoding = "bin_center",
         encoder_log_snrs: Sequence[float] | None = None,
+        dropout: float = 0.0,
     ):
         super().__init__()
         if num_layers < 1:
@@ -102,14 +104,14 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
                 )
             check_sizes(sample_size, widths[-1:], norm_num_groups)
             self.decoders = nn.ModuleDict(
-                {str(i): LatentNetwork(in_channels, in_channels, widths[-1], norm_num_groups) for i in above}
+                {str(i): LatentNetwork(in_channels, in_channels, widths[-1], norm_num_groups, dropout) for i in above}
             )
             return
         self.encoder, self.decoder = image_networks(self.config)
         self.encoders, self.decoders = (
             nn.ModuleDict(
                 {
-                    str(i): LatentNetwork(latent_channels, 2 * latent_channels, widths[-1], norm_num_groups)
+                    str(i): LatentNetwork(latent_channels, 2 * latent_channels, widths[-1], norm_num_groups, dropout)
                     for i in above
                 }
             )
@@ -214,13 +216,13 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
 class LatentNetwork(nn.Sequential):
     """Two ResNet blocks between latents of one resolution; zero when newly made."""
 
-    def __init__(self, in_channels: int, out_channels: int, width: int, norm_num_groups: int):
+    def __init__(self, in_channels: int, out_channels: int, width: int, norm_num_groups: int, dropout: float):
         last = nn.Conv2d(width, out_channels, 3, padding=1)
         zero_(last)
         super().__init__(
             nn.Conv2d(in_channels, width, 3, padding=1),
-            ResnetBlock(width, width, norm_num_groups),
-            ResnetBlock(width, width, norm_num_groups),
+            ResnetBlock(width, width, norm_num_groups, dropout),
+            ResnetBlock(width, width, norm_num_groups, dropout),
             nn.GroupNorm(norm_num_groups, width),
             nn.SiLU(),
             last,
