@@ -6,6 +6,7 @@ import re
 
 import datasets
 import evaluate
+import pyarrow.parquet
 import pytest
 import torch
 from config import DataArguments
@@ -14,7 +15,14 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from evaluating import bits_per_dim, combined_error, draw_samples, histogram_bits_per_dim, loss_by_log_snr
 from PIL import Image
 
-from vdm_diffusers import VDMPipeline, VDMScheduler, VDMUNet2DModel
+from vdm_diffusers import (
+    HierarchicalVAE,
+    LatentVDMPipeline,
+    VariationalAutoencoder,
+    VDMPipeline,
+    VDMScheduler,
+    VDMUNet2DModel,
+)
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +169,61 @@ def test_samples_are_levels_and_the_same_for_the_same_seed(checkpoint):
     assert 0 <= int(first.min()) <= int(first.max()) < 17
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def latent_model(kind):
+    torch.manual_seed(0)
+    sizes = {"block_out_channels": (8, 16), "norm_num_groups": 4, "num_levels": 17, "latent_channels": 2}
+    if kind == "HierarchicalVAE":
+        return HierarchicalVAE(8, 1, 2, **sizes)
+    vae = VariationalAutoencoder(8, 1, **sizes)
+    if kind == "VariationalAutoencoder":
+        return vae
+    sizes = {"hidden_channels": 8, "layers_per_block": 1, "norm_num_groups": 4, "fourier_exponents": ()}
+    unet = VDMUNet2DModel(sample_size=4, in_channels=2, **sizes)
+    scheduler = VDMScheduler(beta_schedule="log_snr_linear", log_snr_max=8.0, log_snr_min=-5.0)
+    return LatentVDMPipeline(vae, unet, scheduler)
+
+
+@pytest.mark.parametrize("kind", ["VariationalAutoencoder", "HierarchicalVAE", "LatentVDMPipeline"])
+def test_models_with_an_encoder_get_the_same_report(kind, tmp_path, capsys):
+    model = latent_model(kind)
+    model.save_pretrained(tmp_path / "model")
+    argv = [
+        "--checkpoint",
+        tmp_path / "model",
+        "--output_dir",
+        tmp_path / "out",
+        "--num_samples",
+        4,
+        "--max_images",
+        20,
+    ]
+    argv = [str(part) for part in [*argv, "--num_inference_steps", 3, "--num_sample_images", 4]]
+    assert evaluate.main(argv) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1].startswith("held-out bits/dim: ")
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    images = load_split(DataArguments(), "test", 0).first(20).images.long()
+    with torch.no_grad():
+        bounds = torch.stack(
+            [model.bound(images, generator=torch.Generator().manual_seed(100 + i)).nats for i in range(64)]
+        )
+    bits = bounds.double() / (64 * math.log(2))
+    error = math.hypot(float(bits.mean(1).std()) / 8, result["standard_error"])
+    assert abs(result["bits_per_dim"] - float(bits.mean())) < 5 * error
+    assert sum(result[term] for term in ("prior", "diffusion", "reconstruction")) == pytest.approx(
+        result["bits_per_dim"]
+    )
+    rows = pyarrow.parquet.read_table(tmp_path / "out" / "per_image.parquet").to_pydict()
+    assert sum(rows["bits_per_dim"]) / 20 == pytest.approx(result["bits_per_dim"])
+    if kind != "LatentVDMPipeline":
+        assert result["importance_weighted"]["bits_per_dim"] < result["bits_per_dim"]
+    assert "bits/dim" in (tmp_path / "out" / "model_card_block.md").read_text()
+    for name in ("reconstructions.png", "samples.png", "terms.png", "most_and_least_likely.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 300
+
+
+def test_what_only_diffusion_models_have_is_refused_for_others(tmp_path, capsys):
+    latent_model("VariationalAutoencoder").save_pretrained(tmp_path)
+    assert evaluate.main(["--checkpoint", str(tmp_path), "--method", "ode"]) == 2
+    assert "--method: for diffusion models" in capsys.readouterr().err

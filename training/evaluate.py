@@ -27,12 +27,16 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from evaluating import TERMS, bits_per_dim, combined_error, draw_samples, histogram_bits_per_dim, loss_by_log_snr
 from evaluation_report import extreme_images, markdown_block, plot_steps, plot_terms, plot_weights, write_per_image
+from latent_models import LatentModel, latent_bits_per_dim, latent_pictures, latent_report, latent_samples
 from plots import image_grid, plot_loss_by_log_snr
 from sample_quality import SampleQualityError, inception, sample_quality
+from torch import Tensor
 
-from vdm_diffusers import VDMPipeline, VDMScheduler
+from vdm_diffusers import HierarchicalVAE, LatentVDMPipeline, VariationalAutoencoder, VDMPipeline, VDMScheduler
 from vdm_diffusers.hub import Provenance
 from vdm_diffusers.models.labels import is_class_conditional, num_classes
+
+VAES = {"VariationalAutoencoder": VariationalAutoencoder, "HierarchicalVAE": HierarchicalVAE}
 
 
 @dataclass
@@ -43,7 +47,7 @@ class EvaluateArguments:
 
     checkpoint: str = argument(
         "outputs/digits",
-        "Folder that train.py wrote (also a checkpoint-N in it), or a pipeline on the Hub with unet and scheduler.",
+        "Folder that train.py wrote (also a checkpoint-N in it; of any --model), or a pipeline on the Hub with unet and scheduler.",
     )
     split: str | None = argument(
         None,
@@ -120,8 +124,8 @@ def training_record(checkpoint: str) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def load_pipeline(checkpoint: str, device: torch.device) -> VDMPipeline:
-    """The pipeline, as a VDMPipeline with its exact scheduler; a checkpoint that train.py wrote is verified first.
+def load_pipeline(checkpoint: str, device: torch.device) -> VDMPipeline | LatentModel:
+    """A VDMPipeline with its exact scheduler, a VAE, or a LatentVDMPipeline; what train.py wrote is verified first.
 
     Raises:
         CheckpointError: it is damaged, or there is no pipeline.
@@ -129,11 +133,16 @@ def load_pipeline(checkpoint: str, device: torch.device) -> VDMPipeline:
     folder = Path(checkpoint)
     if (folder / MANIFEST).is_file():
         verify(folder)
-    elif folder.is_dir() and not (folder / "model_index.json").is_file():
+    if (folder / "config.json").is_file():
+        name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
+        if name not in VAES:
+            raise CheckpointError(f"{folder} holds a {name}: a pipeline is needed, or one of {', '.join(VAES)}.")
+        return VAES[name].from_pretrained(folder).to(device).eval()
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
         present = ", ".join(sorted(path.name for path in folder.glob("checkpoint-*"))) or "none"
         raise CheckpointError(f"{folder} holds no finished pipeline; checkpoints in it: {present}.")
     pipeline = DiffusionPipeline.from_pretrained(checkpoint)
-    if not isinstance(pipeline, VDMPipeline):
+    if not isinstance(pipeline, (VDMPipeline, LatentVDMPipeline)):
         pipeline = VDMPipeline.from_pipeline(pipeline, scheduler=VDMScheduler.from_config(pipeline.scheduler.config))
     return pipeline.to(device)
 
@@ -163,6 +172,8 @@ def evaluate(
     images = load_split(data, split, data_seed)
     images = images if args.max_images is None else images.first(args.max_images)
     check_fit(pipeline, images)
+    if not isinstance(pipeline, VDMPipeline):
+        return evaluate_latent(args, data, pipeline, images)
     print(f"evaluating {args.checkpoint} on {images.name}")
 
     result = bits_per_dim(
@@ -199,10 +210,7 @@ def evaluate(
             load_split(data, data.train_split, data_seed), images
         )
 
-    output_dir = Path(
-        args.output_dir or (Path(args.checkpoint) / "evaluation" if Path(args.checkpoint).is_dir() else "evaluation")
-    )
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = results_folder(args)
     if args.steps_curve:
         result["steps_curve"] = steps_curve(pipeline, images, args)
         plot_steps(output_dir / "steps.png", result["steps_curve"])
@@ -260,6 +268,81 @@ def evaluate(
     return result
 
 
+def results_folder(args: EvaluateArguments) -> Path:
+    """Where the results go; it is made."""
+    inside = Path(args.checkpoint) / "evaluation" if Path(args.checkpoint).is_dir() else "evaluation"
+    output_dir = Path(args.output_dir or inside)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return output_dir
+
+
+def evaluate_latent(
+    args: EvaluateArguments, data: DataArguments, model: LatentModel, images: ImageSet
+) -> dict[str, Any]:
+    """`evaluate` for a model with a learned encoder: the same report, and for a VAE the bound of --num_samples samples.
+
+    Raises:
+        ValueError: for what only diffusion models have.
+    """
+    wanted = {"--method": args.method != "auto", "--steps_curve": args.steps_curve, **likelihood_options(args)}
+    refused = [name for name, value in wanted.items() if value]
+    if refused:
+        raise ValueError(f"{', '.join(refused)}: for diffusion models; this is a {type(model).__name__}.")
+    common: dict[str, Any] = {"seed": args.seed, "batch_size": args.batch_size}
+    result = latent_bits_per_dim(model, images, num_samples=args.num_samples, **common)
+    error = combined_error([result["standard_error"], result["sampling_error"]])
+    result |= {
+        "combined_error": error,
+        "images": images.name,
+        "split": args.split or default_test_split(data),
+        "checkpoint": str(args.checkpoint),
+        "fingerprint": images.fingerprint(),
+        "provenance": dataclasses.asdict(Provenance.of_this_run(args.seed)),
+        "num_samples": args.num_samples,
+        "seed": args.seed,
+        "num_levels": model.config.num_levels,
+        "pixel_encoding": model.config.pixel_encoding,
+    }
+    rows = [(term, f"{result[term]:.4f} bits/dim") for term in TERMS]
+    rows += [
+        ("sum", f"{result['bits_per_dim']:.4f} bits/dim, an upper bound"),
+        ("error of the estimate for these images", f"{result['standard_error']:.4f}"),
+        (f"error of a sample of {result['num_images']} images", f"{result['sampling_error']:.4f}"),
+    ]
+    if not isinstance(model, LatentVDMPipeline):
+        tighter = latent_report(model, images.images, num_samples=2, importance_samples=args.num_samples, **common)
+        result["importance_weighted"] = {
+            "bits_per_dim": tighter.bits_per_dim,
+            "standard_error": tighter.standard_error,
+        }
+        rows.append((f"bound of {args.num_samples} samples", f"{tighter.bits_per_dim:.4f} bits/dim"))
+    if args.baseline:
+        seed = (training_record(args.checkpoint) or {"arguments": {"seed": 0}})["arguments"]["seed"]
+        result["histogram_bits_per_dim"] = histogram_bits_per_dim(load_split(data, data.train_split, seed), images)
+        rows.append(
+            ("for comparison: one histogram for each pixel", f"{result['histogram_bits_per_dim']:.4f} bits/dim")
+        )
+    output_dir = results_folder(args)
+    write_per_image(output_dir / "per_image.parquet", result, images)
+    extreme_images(output_dir / "most_and_least_likely.png", result, images, model.config.num_levels)
+    plot_terms(output_dir / "terms.png", result, images.num_dims)
+    del result["per_image"]  # it is in the parquet file
+    (output_dir / "model_card_block.md").write_text(markdown_block(result), encoding="utf-8")
+    write_json(output_dir / "evaluation.json", result)
+    pictures: dict[str, tuple[Tensor, int | None]] = {**latent_pictures(model, images.images, seed=args.seed)}
+    if args.num_sample_images:
+        steps = args.num_inference_steps
+        pictures["samples"] = (
+            latent_samples(model, args.num_sample_images, num_inference_steps=steps, **common),
+            None,
+        )
+    for name, (levels, columns) in pictures.items():
+        image_grid(levels, model.config.num_levels, columns=columns).save(output_dir / f"{name}.png")
+    print(table(rows))
+    print(f"wrote {', '.join(sorted(path.name for path in output_dir.iterdir()))} to {output_dir}")
+    return result
+
+
 def likelihood_options(args: EvaluateArguments) -> dict[str, Any]:
     """The further arguments of evaluate_likelihood that were given."""
     options: dict[str, Any] = {
@@ -294,14 +377,18 @@ def steps_curve(pipeline: VDMPipeline, images: ImageSet, args: EvaluateArguments
     return rows
 
 
-def check_fit(pipeline: VDMPipeline, images: ImageSet) -> None:
+def check_fit(pipeline: VDMPipeline | LatentModel, images: ImageSet) -> None:
     """Raise DataError if the model is of other images."""
     channels, height, width = images.images.shape[1:]
-    size = pipeline.unet.config.get("sample_size")
+    if isinstance(pipeline, VDMPipeline):
+        network = pipeline.unet.config
+    else:
+        network = pipeline.vae.config if isinstance(pipeline, LatentVDMPipeline) else pipeline.config
+    size = network.get("sample_size")
     size = (size, size) if isinstance(size, int) else tuple(size or (height, width))
-    if (pipeline.unet.config.in_channels, *size) != (channels, height, width):
+    if (network.in_channels, *size) != (channels, height, width):
         raise DataError(
-            f"the model is of images of {pipeline.unet.config.in_channels} channel(s), {size[0]}x{size[1]}; these have {channels}, "
+            f"the model is of images of {network.in_channels} channel(s), {size[0]}x{size[1]}; these have {channels}, "
             f"{height}x{width}. Name the right data with --dataset_name (and --resolution, --image_mode)."
         )
     if int(images.images.max()) >= pipeline.config.num_levels:
