@@ -2,11 +2,12 @@
 
 Nothing of a checkpoint is executed here or imported because the checkpoint names it, and no tensor is read: of safetensors
 only the header. Sizes are compared three ways: what the configs describe, what the headers say, and what the files hold.
-`VDMPipeline.from_pretrained` calls this for folders, and for repositories before their weights are downloaded.
+The pipelines' `from_pretrained` call this for folders, and for repositories before their weights are downloaded; the VAEs' for themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -15,13 +16,14 @@ import pathlib
 import re
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 MAX_JSON_BYTES = 4 * 2**20
 MAX_JSON_DEPTH = 16
@@ -31,7 +33,12 @@ MAX_SAMPLE_SIZE = 2**14
 MAX_LAYERS = 4096
 MAX_INTEGER = 2**24  # of any other entry of a config
 
-_COMPONENTS = {"unet": (ModelMixin, "config.json"), "scheduler": (SchedulerMixin, "scheduler_config.json")}
+_COMPONENTS = {
+    "unet": (ModelMixin, "config.json"),
+    "scheduler": (SchedulerMixin, "scheduler_config.json"),
+    "vae": (ModelMixin, "config.json"),
+}
+_PIPELINES = {"VDMPipeline": ("unet", "scheduler"), "LatentVDMPipeline": ("vae", "unet", "scheduler")}
 _WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
 _BYTES = {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 _BYTES |= {f"{sign}{bits}": bits // 8 for sign in "IU" for bits in (8, 16, 32, 64)}
@@ -42,18 +49,23 @@ class UnsafeCheckpointError(ValueError):
 
 
 def check_checkpoint(
-    folder: str | os.PathLike[str], *, passed: Collection[str] = (), trust_remote_code: bool = False
+    folder: str | os.PathLike[str],
+    *,
+    pipeline: str = "VDMPipeline",
+    passed: Collection[str] = (),
+    trust_remote_code: bool = False,
 ) -> None:
-    """Raise `UnsafeCheckpointError` unless `folder` holds a whole `VDMPipeline` whose parts go together.
+    """Raise `UnsafeCheckpointError` unless `folder` holds a whole pipeline whose parts go together.
 
     Arguments:
+        pipeline: the class that it must name.
         passed: components that the caller brings along, and that are not loaded from the folder.
         trust_remote_code: the caller's word that classes may come from code files of the checkpoint.
     """
     folder = pathlib.Path(folder)
     index = _read_json(folder / "model_index.json", folder)
     _check_config("pipeline", index)
-    for name, (library, class_name) in _components(index, passed).items():
+    for name, (library, class_name) in _components(index, pipeline, passed).items():
         config = _read_json(folder / name / _COMPONENTS[name][1], folder)
         if trust_remote_code and (folder / name / f"{library}.py").is_file():
             continue
@@ -69,6 +81,7 @@ def check_checkpoint(
 def check_repository(
     repo_id: str,
     *,
+    pipeline: str = "VDMPipeline",
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -80,6 +93,56 @@ def check_repository(
     What weights there are must not be larger than what the config describes needs in float64.
     Raises huggingface_hub's own errors where the repository cannot be read.
     """
+    sizes, read = _repository(repo_id, revision, token, cache_dir)
+    index = read("model_index.json")
+    _check_config("pipeline", index)
+    for name, (library, class_name) in _components(index, pipeline, passed).items():
+        config = read(f"{name}/{_COMPONENTS[name][1]}")
+        if trust_remote_code and f"{name}/{library}.py" in sizes:
+            continue
+        component = _component_class(name, library, class_name)
+        _check_config(name, config)
+        if name == "scheduler":
+            _build(component, config)
+        else:
+            _check_sizes(
+                component, config, {p: size for p, size in sizes.items() if p.startswith(f"{name}/")}, repo_id
+            )
+
+
+def check_model(component: type, source: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Raise `UnsafeCheckpointError` for a model by itself that is refused, in a folder or, before its weights are fetched, on the Hub.
+
+    Arguments:
+        component: its class. source, options: what `from_pretrained` was given.
+    Returns:
+        The options, with `use_safetensors=True`.
+    """
+    if not options.get("use_safetensors", True):
+        raise ValueError("`use_safetensors` must be True: a pickled checkpoint runs code when it is loaded.")
+    name, subfolder = component.__name__, options.get("subfolder") or ""
+    if os.path.isdir(source):
+        folder = pathlib.Path(source) / subfolder
+        config = _read_json(folder / "config.json", folder)
+        _check_config(name, config)
+        for tensors in _weights(folder, folder).values():
+            _check_shapes(component, config, tensors)
+    elif not options.get("local_files_only"):
+        with contextlib.suppress(OfflineModeIsEnabled):  # offline nothing will be downloaded
+            place = (options.get("revision"), options.get("token"), options.get("cache_dir"))
+            sizes, read = _repository(str(source), *place)
+            prefix = f"{subfolder}/" if subfolder else ""
+            config = read(f"{prefix}config.json")
+            _check_config(name, config)
+            beside = {p: size for p, size in sizes.items() if p.rpartition("/")[0] == subfolder}
+            _check_sizes(component, config, beside, str(source))
+    return {**options, "use_safetensors": True}
+
+
+def _repository(
+    repo_id: str, revision: str | None, token: str | bool | None, cache_dir: str | os.PathLike[str] | None
+) -> tuple[dict[str, int], Callable[[str], dict[str, Any]]]:
+    """Path -> bytes of a repository's files, and a function that reads a config of it."""
     info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     for path in sizes:
@@ -93,7 +156,7 @@ def check_repository(
 
     def read(path: str) -> dict[str, Any]:
         if path not in sizes:
-            raise UnsafeCheckpointError(f"{repo_id} is no checkpoint of a VDMPipeline: it has no {path}.")
+            raise UnsafeCheckpointError(f"{repo_id} is no whole checkpoint: it has no {path}.")
         if sizes[path] > MAX_JSON_BYTES:
             raise UnsafeCheckpointError(
                 f"{path} of {repo_id} has {sizes[path]} bytes, a config has at most {MAX_JSON_BYTES}."
@@ -101,31 +164,23 @@ def check_repository(
         local = hf_hub_download(repo_id, path, revision=info.sha, token=token, cache_dir=cache_dir)
         return parse_json(pathlib.Path(local).read_bytes(), path)
 
-    index = read("model_index.json")
-    _check_config("pipeline", index)
-    for name, (library, class_name) in _components(index, passed).items():
-        config = read(f"{name}/{_COMPONENTS[name][1]}")
-        if trust_remote_code and f"{name}/{library}.py" in sizes:
-            continue
-        component = _component_class(name, library, class_name)
-        _check_config(name, config)
-        if name == "scheduler":
-            _build(component, config)
-            continue
-        weights = {
-            path: size for path, size in sizes.items() if path.startswith(f"{name}/") and path.endswith(".safetensors")
-        }
-        if not weights:
+    return sizes, read
+
+
+def _check_sizes(component: type, config: Mapping[str, Any], sizes: Mapping[str, int], repo_id: str) -> None:
+    """Raise unless the weight files of a component on the Hub are about as large as its config says."""
+    weights = {path: size for path, size in sizes.items() if path.endswith(".safetensors")}
+    if not weights:
+        raise UnsafeCheckpointError(
+            f"{repo_id} has no weights as safetensors of {component.__name__}: pickled ones are not loaded."
+        )
+    _check_layers(config, max(weights.values()) // 4)  # a tensor takes four bytes of the file at the very least
+    needed = sum(math.prod(shape) for shape in _expected_shapes(component, config).values())
+    for path, size in weights.items():
+        if size > 8 * needed + MAX_HEADER_BYTES:
             raise UnsafeCheckpointError(
-                f"{repo_id} has no weights as safetensors in {name}/: pickled ones are not loaded."
+                f"{path} of {repo_id} has {size} bytes, the model that its config describes has {needed} weights."
             )
-        _check_layers(config, max(weights.values()) // 4)  # a tensor takes four bytes of the file at the very least
-        needed = sum(math.prod(shape) for shape in _expected_shapes(component, config).values())
-        for path, size in weights.items():
-            if size > 8 * needed + MAX_HEADER_BYTES:
-                raise UnsafeCheckpointError(
-                    f"{path} of {repo_id} has {size} bytes, the model that its config describes has {needed} weights."
-                )
 
 
 # --- configs ----------------------------------------------------------------------------------------------------------
@@ -167,7 +222,7 @@ def parse_json(data: bytes, name: str) -> dict[str, Any]:
 def _read_json(path: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
     name = path.relative_to(folder).as_posix()
     if not path.is_file():
-        raise UnsafeCheckpointError(f"{folder} is no whole checkpoint of a VDMPipeline: it has no {name}.")
+        raise UnsafeCheckpointError(f"{folder} is no whole checkpoint: it has no {name}.")
     _check_inside(path, folder)
     if path.stat().st_size > MAX_JSON_BYTES:
         raise UnsafeCheckpointError(f"{name} has {path.stat().st_size} bytes, a config has at most {MAX_JSON_BYTES}.")
@@ -182,17 +237,17 @@ def _check_inside(path: pathlib.Path, folder: pathlib.Path) -> None:
         raise UnsafeCheckpointError(f"{path} leads out of the checkpoint, to {real}.")
 
 
-def _components(index: Mapping[str, Any], passed: Collection[str]) -> dict[str, tuple[str, str]]:
+def _components(index: Mapping[str, Any], pipeline: str, passed: Collection[str]) -> dict[str, tuple[str, str]]:
     class_name = index.get("_class_name")
-    if class_name != "VDMPipeline":
+    if class_name != pipeline:
         raise UnsafeCheckpointError(
-            f"model_index.json must say `_class_name` VDMPipeline, got {class_name!r}. A pipeline of Diffusers is adopted by "
+            f"model_index.json must say `_class_name` {pipeline}, got {class_name!r}. A pipeline of Diffusers is adopted by "
             "VDMPipeline.from_pipeline(DiffusionPipeline.from_pretrained(...))."
         )
     listed = {name: value for name, value in index.items() if isinstance(value, list)}
-    if set(listed) != set(_COMPONENTS):
+    if set(listed) != set(_PIPELINES[pipeline]):
         raise UnsafeCheckpointError(
-            f"model_index.json must have the components {', '.join(_COMPONENTS)}, got {', '.join(listed) or 'none'}."
+            f"model_index.json must have the components {', '.join(_PIPELINES[pipeline])}, got {', '.join(listed) or 'none'}."
         )
     for name, value in listed.items():
         if len(value) != 2 or not all(isinstance(v, str) and re.fullmatch(r"[A-Za-z_][\w.]*", v) for v in value):
@@ -246,7 +301,7 @@ def _check_layers(config: Mapping[str, Any], num_tensors: int) -> None:
     limit = min(num_tensors, MAX_LAYERS)
     if layers * max(1, blocks) > limit:
         raise UnsafeCheckpointError(
-            f"the unet's config describes {layers * max(1, blocks)} layers or more; its weights have room for {num_tensors} tensors, "
+            f"the network's config describes {layers * max(1, blocks)} layers or more; its weights have room for {num_tensors} tensors, "
             f"and at most {MAX_LAYERS} layers are accepted."
         )
 
@@ -356,9 +411,9 @@ def _check_shapes(component: type, config: Mapping[str, Any], tensors: Mapping[s
     for name, shape in expected.items():
         if tensors.get(name, shape) != shape:
             raise UnsafeCheckpointError(
-                f"`{name}` has the shape {list(tensors[name])} in the weights and {list(shape)} by the unet's config."
+                f"`{name}` has the shape {list(tensors[name])} in the weights and {list(shape)} by the network's config."
             )
     missing = sorted(set(expected) - set(tensors))
     # Diffusers renames tensors of old checkpoints while it loads them: then the count agrees
     if missing and len(tensors) < len(expected):
-        raise UnsafeCheckpointError(f"the weights lack {len(missing)} tensors of the unet, such as `{missing[0]}`.")
+        raise UnsafeCheckpointError(f"the weights lack {len(missing)} tensors of the network, such as `{missing[0]}`.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -31,6 +32,7 @@ from vdm_diffusers.elbo_forms import (
     multi_sample_bound,
 )
 from vdm_diffusers.numerics import noise_like
+from vdm_diffusers.safety import check_model
 
 Likelihood = Literal["discretized_logistic", "discretized_gaussian", "bernoulli"]
 LIKELIHOODS: tuple[str, ...] = get_args(Likelihood)
@@ -87,6 +89,18 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.encoder, self.decoder = image_networks(self.config)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
+    ) -> VariationalAutoencoder:
+        """Load from a folder or the Hub, as [`ModelMixin.from_pretrained`] does, once the files have been looked over.
+
+        Raises:
+            UnsafeCheckpointError (a ValueError): the checkpoint is damaged, hostile, or contradicts itself.
+        """
+        kwargs = check_model(cls, pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +38,7 @@ from vdm_diffusers.models.autoencoder_variational import (
 )
 from vdm_diffusers.numerics import noise_like
 from vdm_diffusers.prediction import convert
+from vdm_diffusers.safety import check_model
 
 KEEP = math.sqrt(0.5)  # of a latent, in the next one, when newly made
 MIN_FACTOR = 1e-4  # nowhere is a variance so small that its density explodes
@@ -117,6 +120,16 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
             )
             for _ in range(2)
         )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> HierarchicalVAE:
+        """Load from a folder or the Hub, as [`ModelMixin.from_pretrained`] does, once the files have been looked over.
+
+        Raises:
+            UnsafeCheckpointError (a ValueError): the checkpoint is damaged, hostile, or contradicts itself.
+        """
+        kwargs = check_model(cls, pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @property
     def is_diffusion(self) -> bool:

@@ -110,8 +110,9 @@ class VDMPipeline(DiffusionPipeline):
         if not kwargs.setdefault("use_safetensors", True):
             raise ValueError("`use_safetensors` must be True: a pickled checkpoint runs code when it is loaded.")
         if os.path.isdir(pretrained_model_name_or_path):
-            _check_folder(pretrained_model_name_or_path, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+            _check_folder(cls, pretrained_model_name_or_path, kwargs)
+        # not super(): `LatentVDMPipeline` has these four methods too, and is no subclass
+        return DiffusionPipeline.from_pretrained.__func__(cls, pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike[str]:
@@ -121,14 +122,15 @@ class VDMPipeline(DiffusionPipeline):
             with contextlib.suppress(OfflineModeIsEnabled):
                 check_repository(
                     pretrained_model_name,
+                    pipeline=cls.__name__,
                     revision=kwargs.get("revision"),
                     token=kwargs.get("token"),
                     cache_dir=kwargs.get("cache_dir"),
                     passed=kwargs,
                     trust_remote_code=kwargs.get("trust_remote_code", False),
                 )
-        folder = super().download(pretrained_model_name, **kwargs)
-        _check_folder(folder, kwargs)
+        folder = DiffusionPipeline.download.__func__(cls, pretrained_model_name, **kwargs)
+        _check_folder(cls, folder, kwargs)
         return folder
 
     def save_pretrained(
@@ -153,7 +155,7 @@ class VDMPipeline(DiffusionPipeline):
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization` must be True: a pickled checkpoint runs code when it is loaded.")
-        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size)
+        DiffusionPipeline.save_pretrained(self, save_directory, variant=variant, max_shard_size=max_shard_size)
         if has_travelled():
             write_travelling_code(save_directory)
         if push_to_hub:
@@ -607,5 +609,6 @@ def _labels(class_labels: int | Sequence[int] | torch.Tensor, batch_size: int) -
     return torch.as_tensor(class_labels).long().expand(batch_size)
 
 
-def _check_folder(folder: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
-    check_checkpoint(folder, passed=kwargs, trust_remote_code=kwargs.get("trust_remote_code", False))
+def _check_folder(pipeline: type, folder: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
+    trust = kwargs.get("trust_remote_code", False)
+    check_checkpoint(folder, pipeline=pipeline.__name__, passed=kwargs, trust_remote_code=trust)
