@@ -221,6 +221,84 @@ def test_training_reaches_the_exact_optimum():
     assert reached == pytest.approx(float(best), abs=1e-7)
 
 
+def minimise(loss, parameters):
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=3000, tolerance_grad=1e-12, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return float(loss().detach())
+
+
+def sigma_points(dims):
+    """(2 dims, dims): the mean of a quadratic over these is exactly its mean over N(0, I)."""
+    return math.sqrt(dims) * torch.cat([torch.eye(dims), -torch.eye(dims)]).double()
+
+
+def test_training_a_hierarchy_of_two_layers_reaches_the_exact_optimum():
+    """The best Gaussian's likelihood is known; the bound of a linear chain with learned encoder comes down to it."""
+    data = normal((300, 2), 0) @ normal((2, 2), 1)
+    data = data - data.mean(0)
+    best = 0.5 * (2 * math.log(2 * math.pi) + torch.logdet(data.T @ data / len(data)) + 2)
+    points = sigma_points(4)
+    x, noise = data.repeat_interleave(len(points), 0), points.repeat(len(data), 1)
+    weights = [(torch.eye(2).double() + 0.3 * normal((2, 2), 2 + i)).requires_grad_() for i in range(4)]
+    logs = [torch.full((2,), -1.0, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+
+    def conditional(i, z):
+        return Normal(z @ weights[i].T, logs[i].exp().expand_as(z))
+
+    hierarchy = Hierarchy(2, encode=lambda i, z: conditional(i - 1, z), decode=lambda i, z: conditional(2, z))
+
+    def loss():
+        z_1 = hierarchy.encode(1, x).draw(noise[:, :2])
+        z_2 = hierarchy.encode(2, z_1).draw(noise[:, 2:])
+        likelihood = lambda z: conditional(3, z).log_prob(x)  # noqa: E731
+        return hierarchical_bound(hierarchy, x, likelihood, form="log_ratio", latents=[z_1, z_2]).nats.mean()
+
+    reached = minimise(loss, [*weights, *logs])
+    assert reached >= float(best) - 1e-9
+    assert reached == pytest.approx(float(best), abs=1e-6)
+
+
+def test_training_a_linear_denoiser_reaches_the_optimal_bound_which_nears_the_likelihood():
+    data = normal((50, 2), 0) @ normal((2, 2), 1)
+    data = data - data.mean(0)
+    covariance = data.T @ data / len(data)
+    evidence = 0.5 * (2 * math.log(2 * math.pi) + torch.logdet(covariance) + 2)
+    points = sigma_points(2)
+    x, noise = data.repeat_interleave(len(points), 0), points.repeat(len(data), 1)
+    gaps = []
+    for num_layers in (16, 32):
+        log_snrs = torch.linspace(10, -9, num_layers).double()
+        alphas, sigmas = alpha_sigma(log_snrs)
+        matrices = torch.zeros(num_layers, 2, 2, dtype=torch.float64, requires_grad=True)
+
+        def bound(matrices, log_snrs=log_snrs, alphas=alphas, sigmas=sigmas):
+            def denoise(z, log_snr):
+                i = int((log_snrs - log_snr).abs().argmin())
+                return (z - sigmas[i] * (z @ matrices[i].T)) / alphas[i]
+
+            hierarchy = diffusion_hierarchy(log_snrs, denoise)
+            decoder = lambda z: Normal(z / alphas[0], (sigmas[0] / alphas[0]) ** 2).log_prob(x)  # noqa: E731
+            latents = [diffuse(x, noise, log_snr) for log_snr in log_snrs]
+            return hierarchical_bound(hierarchy, x, decoder, form="matching", latents=latents).nats.mean()
+
+        reached = minimise(lambda: bound(matrices), [matrices])  # noqa: B023
+        total = alphas[:, None, None] ** 2 * covariance + sigmas[:, None, None] ** 2 * torch.eye(2).double()
+        best = float(bound(sigmas[:, None, None] * torch.linalg.inv(total)))  # E[eps | z] = sigma cov(z)^-1 z
+        assert reached == pytest.approx(best, abs=1e-7)
+        gaps.append(reached - float(evidence))
+    # what is left is the discretisation: half the width of the steps, less than half of it
+    assert 0 < gaps[1] < 0.5 * gaps[0]
+
+
 # --- diffusion as the special case -----------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,14 @@ from hub_double import File, HubDouble
 from safetensors.torch import save_file
 from warm_client import WarmClient
 
-from vdm_diffusers import VDMPipeline, VDMScheduler, VDMUNet2DModel
+from vdm_diffusers import (
+    HierarchicalVAE,
+    LatentVDMPipeline,
+    VariationalAutoencoder,
+    VDMPipeline,
+    VDMScheduler,
+    VDMUNet2DModel,
+)
 from vdm_diffusers.safety import UnsafeCheckpointError, parse_json, read_header
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -279,6 +286,71 @@ def test_hostile_component(cls, part, entries, message, folder, good, client):
     kind, error, grown_kib, seconds = client(COMPONENT, folder, good, cls, part, json.dumps(options))
     assert kind in ("ValueError", "RuntimeError") and re.search(message, error), (kind, error)
     assert grown_kib < 64 * 1024 and seconds < 20
+
+
+# --- VAEs, and VAEs with a diffusion prior ----------------------------------------------------------------------------
+
+
+def pickled(folder):
+    torch.save({}, folder / "diffusion_pytorch_model.bin")
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def cut_short(folder):
+    path = folder / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+HOSTILE_VAES = {
+    "pickled weights": (pickled, "is a pickle"),
+    "weights cut short": (cut_short, "cut short"),
+    "a network of 10^7 layers": (
+        lambda folder: edit(folder, "config.json", layers_per_block=10**7),
+        "10000000 layers",
+    ),
+    "wider than its weights": (lambda folder: edit(folder, "config.json", latent_channels=4), "has the shape"),
+    "a number beyond all bounds": (lambda folder: edit(folder, "config.json", in_channels=10**12), "at most"),
+}
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("latent")
+    torch.manual_seed(0)
+    vae = VariationalAutoencoder(6, 1, 2, (8, 8), norm_num_groups=4, num_levels=17)
+    unet = VDMUNet2DModel(sample_size=3, in_channels=2, hidden_channels=8, layers_per_block=1, norm_num_groups=4)
+    LatentVDMPipeline(vae, unet, VDMScheduler(beta_schedule="log_snr_linear")).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", HOSTILE_VAES)
+def test_hostile_vae_alone_and_in_its_pipeline(name, latent, tmp_path, hub, client):
+    spoil, message = HOSTILE_VAES[name]
+    folder = Path(shutil.copytree(latent, tmp_path / "hostile"))
+    LatentVDMPipeline.from_pretrained(folder)  # as it is meant
+    spoil(folder / "vae")
+    with pytest.raises(UnsafeCheckpointError, match=message):
+        VariationalAutoencoder.from_pretrained(folder / "vae")
+    with pytest.raises(UnsafeCheckpointError, match=message):
+        VariationalAutoencoder.from_pretrained(folder, subfolder="vae")
+    with pytest.raises(UnsafeCheckpointError, match=message):
+        LatentVDMPipeline.from_pretrained(folder)
+    if name != "wider than its weights" and name != "weights cut short":  # seen in the weights alone
+        repo = f"someone/latent-{len(name)}"
+        hub.put(repo, {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.*")})
+        load = FROM_HUB.replace("VDMPipeline", "LatentVDMPipeline")
+        kind, error, held = client(load, repo)
+        assert kind == "UnsafeCheckpointError" and held < 5 * 2**20, error
+
+
+def test_a_latent_pipeline_is_not_taken_for_another(latent, good):
+    with pytest.raises(UnsafeCheckpointError, match="LatentVDMPipeline"):
+        VDMPipeline.from_pretrained(latent)
+    with pytest.raises(UnsafeCheckpointError, match="must say `_class_name` LatentVDMPipeline"):
+        LatentVDMPipeline.from_pretrained(good)
+    for cls, folder in ((VariationalAutoencoder, latent / "vae"), (HierarchicalVAE, latent / "vae")):
+        with pytest.raises(ValueError, match="use_safetensors"):
+            cls.from_pretrained(folder, use_safetensors=False)
 
 
 # --- the two readers on their own -------------------------------------------------------------------------------------

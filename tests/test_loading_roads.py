@@ -47,7 +47,8 @@ def error_of(call, *args, **kwargs):
 
 PUBLISH = """
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from vdm_diffusers import VDMPipeline, VDMScheduler, VDMUNet2DModel
+from vdm_diffusers import LatentVDMPipeline, VariationalAutoencoder, VDMPipeline, VDMScheduler, VDMUNet2DModel
+from vdm_diffusers.hub import publish_folder
 base = sys.argv[1]
 
 def unet(seed):
@@ -86,6 +87,14 @@ table = scheduler.as_discrete()
 published("mixed", VDMPipeline(stock, DDPMScheduler(), pixel_encoding="endpoint"))
 published("stock", DDPMPipeline(stock, DDPMScheduler.from_config(table.config)), DDPMPipeline)
 published("stock-ours", DDPMPipeline(stock, table), DDPMPipeline)
+
+torch.manual_seed(3)
+vae = VariationalAutoencoder((6, 4), 1, 2, (8, 8), norm_num_groups=4, num_levels=17).eval()
+vae.save_pretrained(f"{base}/vae")
+publish_folder(f"{base}/vae", "someone/vae")
+prior = VDMUNet2DModel(sample_size=(3, 2), in_channels=2, hidden_channels=8, layers_per_block=1, norm_num_groups=4,
+                       fourier_exponents=(), dropout=0.0).eval()
+published("latent", LatentVDMPipeline(vae, prior, scheduler))
 show(**made)
 """
 
@@ -198,6 +207,21 @@ pipe = VDMPipeline.from_pretrained("someone/model", device_map="balanced")
 kept = VDMPipeline.from_pretrained("someone/model", device_map="cpu")
 show(digest=digest(pipe), same=digest(kept) == digest(pipe))
 """, "model"),
+    "LatentVDMPipeline, from the Hub": ("""
+from vdm_diffusers import LatentVDMPipeline
+show(digest=digest(LatentVDMPipeline.from_pretrained("someone/latent"), output_type="np"))
+""", "latent"),
+    "DiffusionPipeline of a VAE with a VDM prior, package imported": ("""
+import vdm_diffusers
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained("someone/latent")
+show(digest=digest(pipe, output_type="np"), ours=type(pipe) is vdm_diffusers.LatentVDMPipeline)
+""", "latent"),
+    "a VAE alone": ("""
+from vdm_diffusers import LatentVDMPipeline, VariationalAutoencoder
+pipe = LatentVDMPipeline.from_pretrained("someone/latent", vae=VariationalAutoencoder.from_pretrained("someone/vae"))
+show(digest=digest(pipe, output_type="np"))
+""", "latent"),
     "stock DDPMPipeline, package absent": ("""
 without_package()
 from diffusers import DDPMPipeline

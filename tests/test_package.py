@@ -43,9 +43,9 @@ CORE = [
 ROOMS = [
     *CORE,
     "probability_flow",
+    "safety",
     "models",
     "schedulers",
-    "safety",
     "hub",
     "pipelines",
     "evaluation",

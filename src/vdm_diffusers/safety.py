@@ -118,7 +118,7 @@ def check_model(component: type, source: str | os.PathLike[str], options: Mappin
     Returns:
         The options, with `use_safetensors=True`.
     """
-    if not options.get("use_safetensors", True):
+    if options.get("use_safetensors") is False:  # None is what a pipeline passes on
         raise ValueError("`use_safetensors` must be True: a pickled checkpoint runs code when it is loaded.")
     name, subfolder = component.__name__, options.get("subfolder") or ""
     if os.path.isdir(source):

@@ -81,8 +81,7 @@ class LatentVDMPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet->vae"
 
     # what is checked before loading, and what is pushed
-    from_pretrained = classmethod(VDMPipeline.from_pretrained.__func__)
-    download = classmethod(VDMPipeline.download.__func__)
+    from_pretrained, download = vars(VDMPipeline)["from_pretrained"], vars(VDMPipeline)["download"]
     save_pretrained = VDMPipeline.save_pretrained
     push_to_hub = VDMPipeline.push_to_hub
 
