@@ -284,7 +284,8 @@ def evaluate_latent(
     Raises:
         ValueError: for what only diffusion models have.
     """
-    wanted = {"--method": args.method != "auto", "--steps_curve": args.steps_curve, **likelihood_options(args)}
+    wanted = {"--method": args.method != "auto", "--steps_curve": args.steps_curve, "--fid": args.fid}
+    wanted |= likelihood_options(args)
     refused = [name for name, value in wanted.items() if value]
     if refused:
         raise ValueError(f"{', '.join(refused)}: for diffusion models; this is a {type(model).__name__}.")
