@@ -231,9 +231,9 @@ def _read_json(path: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
 
 def _check_inside(path: pathlib.Path, folder: pathlib.Path) -> None:
     real, root = path.resolve(), folder.resolve()
-    # in the Hub's cache a snapshot is made of links to the blobs beside it
-    blobs = root.parent.parent / "blobs"
-    if not real.is_relative_to(root) and not (root.parent.name == "snapshots" and real.is_relative_to(blobs)):
+    # in the Hub's cache a snapshot, of which a component is a folder, is made of links to the blobs beside it
+    snapshots = [at for at in (root, root.parent) if at.parent.name == "snapshots"]
+    if not any(real.is_relative_to(place) for place in (root, *(at.parent.parent / "blobs" for at in snapshots))):
         raise UnsafeCheckpointError(f"{path} leads out of the checkpoint, to {real}.")
 
 
