@@ -5,7 +5,7 @@
     python training/evaluate.py --checkpoint outputs/digits
     python scripts/make_model_card.py --run outputs/digits --card model_cards/digits-elbo --title digits-elbo
 
-Takes the pipeline, the sample grid and the loss curve; the card's figures are those of evaluation.json, with their provenance.
+Takes the pipeline, the sample grid and the loss by log SNR, and draws the course of the training; the card's figures are those of evaluation.json, with their provenance.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+from plots import plot_training
 
 from vdm_diffusers.hub import EvaluationData, Measurement, ModelDescription, Provenance, write_model_card
 
@@ -52,6 +55,14 @@ def main() -> int:
     shutil.copyfile(args.run / "model_index.json", args.card / "model_index.json")
     shutil.copyfile(args.run / "samples.png", args.card / "samples.png")
     shutil.copyfile(args.run / "evaluation" / "loss_by_log_snr.png", args.card / "loss_by_log_snr.png")
+    with (args.run / "metrics.jsonl").open(encoding="utf-8") as lines:
+        entries = [json.loads(line) for line in lines]
+    plot_training(
+        entries,
+        args.card / "training.png",
+        title=f"{args.title}: {training['num_parameters'] / 1e6:.2f}M weights",
+        weighs_by_elbo=training["arguments"]["loss"] == "elbo",
+    )
     write_model_card(args.card, describe(args, evaluation, training, own_card))
     print(f"wrote {args.card}")
     return 0
@@ -103,6 +114,7 @@ def describe(
         location=str(args.card),
         images={
             "samples.png": f"Samples, drawn in {steps} steps, not selected.",
+            "training.png": "The course of the training, on images held out of the training split.",
             "loss_by_log_snr.png": "Bits/dim per unit of log SNR on the test images: the area is the diffusion term.",
         },
         num_inference_steps=steps,
