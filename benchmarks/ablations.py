@@ -122,7 +122,7 @@ def main() -> None:
     folders = [args.output_dir / f"{name.replace(' ', '_')}-0" for name in args.rows]
     levels = torch.cat([samples_of(folder, args.num_inference_steps) for folder in folders])
     num_levels = VDMPipeline.from_pretrained(folders[0]).config.num_levels
-    image_grid(levels, num_levels, columns=16).save(args.output_dir / "samples.png")
+    image_grid(levels, num_levels, columns=16, smallest_side=800).save(args.output_dir / "samples.png")
     print(f"wrote table.json and samples.png (16 samples a row, in the table's order) to {args.output_dir}")
 
 
