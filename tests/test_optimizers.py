@@ -82,10 +82,11 @@ def test_channels_last_weights_take_the_same_steps():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_run_resumed_from_the_state_is_the_same_run(name, tmp_path):
-    model = network()
-    optimizer = optimizers.make_optimizer(name, model.named_parameters(), lr=0.01, **SETTINGS)
+def test_a_run_resumed_from_the_state_is_the_same_run(name, fused, tmp_path):
+    model, settings = network(), SETTINGS | {"fused": fused}
+    optimizer = optimizers.make_optimizer(name, model.named_parameters(), lr=0.01, **settings)
     train(model, optimizer, range(3))
     weights = copy.deepcopy(model.state_dict())
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
@@ -93,11 +94,49 @@ def test_a_run_resumed_from_the_state_is_the_same_run(name, tmp_path):
 
     resumed = network(seed=1)
     resumed.load_state_dict(weights)
-    optimizer = optimizers.make_optimizer(name, resumed.named_parameters(), lr=0.01, **SETTINGS)
+    optimizer = optimizers.make_optimizer(name, resumed.named_parameters(), lr=0.01, **settings)
     optimizer.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     train(resumed, optimizer, range(3, 6))
     for ours, theirs in zip(model.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_fused_adamw_takes_pytorchs_steps():
+    """With weights that a stage of the training does not reach, and a state that each may read of the other."""
+    ours, theirs = network(), network()
+    settings = {"lr": 0.02, "betas": (0.9, 0.99), "weight_decay": 0.03, "eps": 1e-8}
+    optimizer = optimizers.FusedAdamW(ours.parameters(), **settings)
+    reference = torch.optim.AdamW(theirs.parameters(), **settings, fused=True)
+    for step in range(12):
+        if step == 8:
+            state, other = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(reference.state_dict())
+            optimizer.load_state_dict(other)
+            reference.load_state_dict(state)
+        for group in (*optimizer.param_groups, *reference.param_groups):
+            group["lr"] = 0.02 / (1 + step)
+        generator = torch.Generator().manual_seed(step)
+        for index, (p, q) in enumerate(zip(ours.parameters(), theirs.parameters(), strict=True)):
+            p.grad = torch.randn(p.shape, generator=generator) if index or step not in (0, 1, 5) else None
+            q.grad = None if p.grad is None else p.grad.clone()
+        optimizer.step()
+        reference.step()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(p, q)
+    counts = {index: float(entry["step"]) for index, entry in optimizer.state_dict()["state"].items()}
+    assert counts == {index: 9 if index == 0 else 12 for index in range(len(counts))}
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e6, float("inf")])
+def test_clipping_is_pytorchs(limit):
+    ours, theirs = network(), network()
+    for index, (p, q) in enumerate(zip(ours.parameters(), theirs.parameters(), strict=True)):
+        if index:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(index))
+            q.grad = p.grad.clone()
+    norm = optimizers.clip_gradients(list(ours.parameters()), limit)
+    assert torch.equal(norm, torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit))
+    for p, q in zip(list(ours.parameters())[1:], list(theirs.parameters())[1:], strict=True):
+        assert torch.equal(p.grad, q.grad)
 
 
 def test_the_learning_rate_of_every_group_can_be_set_after_loading():

@@ -115,6 +115,9 @@ class DiffusionTask:
         self.learned_schedule, self.sampler = learned_schedule, sampler
         self.discrete = trains_in_discrete_time(args)
         self._generator = torch.Generator(device)
+        # of x_1, x_2, ...: looked up, not computed, at every step
+        every = torch.arange(args.ddpm_num_steps, dtype=torch.float64)
+        self._table = None if scheduler.is_log_snr_schedule or not self.discrete else scheduler.log_snr(every)
 
     def times(self, rows: Rows) -> Times:
         """The times of each row."""
@@ -134,9 +137,8 @@ class DiffusionTask:
             log_snr, weight = schedule.log_snr(u), continuous_weight(schedule.derivative(u))
             return Times(u, log_snr, self.scheduler.timestep_from_log_snr(log_snr), weight, importance)
         step = discretize(u, num_steps)
-        if not self.scheduler.is_log_snr_schedule:  # entry i = step - 1 of the table is x_step
-            timestep = (step - 1).double()
-            return Times(u, self.scheduler.log_snr(timestep), timestep, None, importance, step)
+        if self._table is not None:  # entry i = step - 1 of the table is x_step
+            return Times(u, self._table[step - 1], (step - 1).double(), None, importance, step)
         log_snr, log_snr_s = schedule.log_snr(step / num_steps), schedule.log_snr((step - 1) / num_steps)
         weight = num_steps * discrete_weight(log_snr_s, log_snr)
         return Times(u, log_snr, self.scheduler.timestep_from_log_snr(log_snr), weight, importance, step)
@@ -149,10 +151,10 @@ class DiffusionTask:
         """
         args = self.args
         levels = levels.to(self.device, non_blocking=True)
-        x = encode_pixels(levels, self.num_levels, args.pixel_encoding)
         if self.random_flip:
             flipped = (self._draw(rows, "flip") < 0.5).to(self.device)[:, None, None, None]
-            x, levels = torch.where(flipped, x.flip(-1), x), torch.where(flipped, levels.flip(-1), levels)
+            levels = torch.where(flipped, levels.flip(-1), levels)
+        x = encode_pixels(levels, self.num_levels, args.pixel_encoding)
         noise = row_noise(x.shape, self.seed, rows.step, rows.first, self._generator, self.device)
         times = self.times(rows)
         z_t = diffuse(x, noise, times.log_snr)

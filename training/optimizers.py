@@ -8,8 +8,70 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 MIN_MATRIX_SIDE = 16  # below it a matrix has too few directions to be worth balancing
+
+
+class FusedAdamW(torch.optim.AdamW):
+    """AdamW in one kernel, with the lists of its tensors made once.
+
+    The steps and states of `torch.optim.AdamW(fused=True)`, bit for bit. That one collects and sorts weights, gradients and states at
+    every step: for a network of a hundred small weights several times the kernel's work.
+    """
+
+    def __init__(
+        self,
+        weights: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        eps: float,
+    ) -> None:
+        self._states: tuple[list[Tensor], list[Tensor], list[Tensor], Tensor] | None = None
+        super().__init__(weights, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Any:  # type: ignore[override]
+        """One step; PyTorch's own where not all weights have a gradient, are divided, or float16's scaling takes part."""
+        group = self.param_groups[0]
+        gradients = [parameter.grad for parameter in group["params"]]
+        plain = closure is None and all(gradient is not None for gradient in gradients)
+        if self._states is None or not plain or getattr(self, "found_inf", None) is not None:
+            self._states = None
+            loss = super().step(closure)
+            if plain and _alike(group["params"]):
+                self._collect(group["params"])
+            return loss
+        means, squares, steps, all_steps = self._states
+        all_steps.add_(1)
+        torch._fused_adamw_(
+            group["params"], gradients, means, squares, [], steps,
+            amsgrad=False, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1],
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip
+        return None
+
+    def _collect(self, parameters: list[nn.Parameter]) -> None:
+        states = [self.state[parameter] for parameter in parameters]
+        # the weights' counts of steps become views of one tensor, which one addition moves
+        all_steps = torch.stack([state["step"] for state in states])
+        steps = list(all_steps.unbind())
+        for state, step in zip(states, steps, strict=True):
+            state["step"] = step
+        self._states = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states], steps, all_steps
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the states of `state_dict`."""
+        super().load_state_dict(state_dict)
+        self._states = None
+
+
+def _alike(tensors: list[nn.Parameter]) -> bool:
+    """Whether one kernel can take them all: whole, of one device and dtype."""
+    kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
+    return len(kinds) == 1 and not any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -54,7 +116,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.buffers: list[Tensor] | None = None
         matrices = [parameter for stack in self.stacks for parameter in stack]
         super().__init__([{"params": matrices, "lr": lr, "weight_decay": weight_decay}], {})
-        self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=fused)
+        self.adamw = _adamw(rest, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=fused)
         self.param_groups += self.adamw.param_groups
 
     @torch.no_grad()
@@ -132,4 +194,26 @@ def make_optimizer(
     if name == "muon":
         return MuonWithAdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=fused)
     weights = [parameter for _, parameter in parameters]
-    return torch.optim.AdamW(weights, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=fused)
+    return _adamw(weights, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=fused)
+
+
+def _adamw(
+    weights: list[nn.Parameter],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    eps: float,
+    fused: bool,
+) -> torch.optim.AdamW:
+    kind = FusedAdamW if fused else torch.optim.AdamW
+    return kind(weights, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Scale gradients to a norm of at most `limit`; returns the norm before. `torch.nn.utils.clip_grad_norm_` without its sorting."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm

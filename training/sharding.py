@@ -165,7 +165,7 @@ def load_gathered_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, A
 
 
 @torch.no_grad()
-def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
+def clip_divided_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Scale divided gradients to a norm of at most `limit`; returns the norm before, of all processes' shares together."""
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     squared = torch.nn.utils.get_total_norm(gradients).square()

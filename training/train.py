@@ -77,11 +77,11 @@ from latent_models import (
     make_stages,
 )
 from networks import make_network, no_class_label
-from optimizers import make_optimizer
+from optimizers import clip_gradients, make_optimizer
 from plots import image_grid
 from randomness import DataOrder, seed_dropout
 from safetensors.torch import load_file, save_file
-from sharding import clip_gradients, gathered, in_precision, load_gathered_optimizer, requested_sharding, shard
+from sharding import clip_divided_gradients, gathered, in_precision, load_gathered_optimizer, requested_sharding, shard
 from streaming import ImageStream, first_images
 from time_learning import TimeLearning
 from torch import Tensor
@@ -125,6 +125,7 @@ OWN_FILES = (
     *(ARGUMENTS_FILE, METRICS_FILE, SAMPLES_FOLDER, "vae", *PICTURES),
 )
 NUM_BINS = 16  # of log SNR, for the loss by log SNR
+BATCHES_HELD = 64  # micro-batches whose losses are summed up at once
 BYTES_KEPT_ON_DEVICE = 2 << 30  # data sets up to this size live on the accelerator
 STOP_INTERVAL = 10  # optimiser steps between the processes' agreements on whether to stop
 
@@ -295,25 +296,42 @@ class Meter:
         self.highest, self.lowest = schedule.log_snr_max, max(schedule.log_snr_min, -20.0)
         # loss, number of losses, gradient norm, number of norms, then loss and number in each bin
         self.sums = torch.zeros(4 + 2 * NUM_BINS, device=device)
+        # not yet in the sums: a dozen small operations take as long for many micro-batches as for one
+        self._losses: list[Losses] = []
+        self._norms: list[Tensor] = []
 
     def add_losses(self, batch: Losses) -> None:
         """The losses of a micro-batch: their mean over uniform times, and each in its bin."""
-        losses = batch.values.detach().float()
-        self.sums[0] += batch.weighted.detach().float().sum()
-        self.sums[1] += len(losses)
-        if batch.times is None:
-            return
-        position = (batch.times.log_snr.detach() - self.lowest) / (self.highest - self.lowest) * NUM_BINS
-        bins = position.floor().clamp(0, NUM_BINS - 1).long().to(self.sums.device, non_blocking=True)
-        self.sums.index_add_(0, 4 + bins, losses)
-        self.sums.index_add_(0, 4 + NUM_BINS + bins, torch.ones_like(losses))
+        times = batch.times and dataclasses.replace(batch.times, log_snr=batch.times.log_snr.detach(), cut=None)
+        self._losses.append(Losses(batch.values.detach(), times))
+        if len(self._losses) == BATCHES_HELD:
+            self._sum_up()
 
     def add_gradient_norm(self, norm: Tensor) -> None:
-        self.sums[2] += norm.detach()
-        self.sums[3] += 1
+        """The norm of an optimiser step's gradient, before clipping."""
+        self._norms.append(norm.detach())
+
+    def _sum_up(self) -> None:
+        """Add what is held to the sums."""
+        if self._norms:
+            self.sums[2] += torch.stack(self._norms).sum()
+            self.sums[3] += len(self._norms)
+        if self._losses:
+            losses = torch.cat([batch.values for batch in self._losses]).float()
+            self.sums[0] += torch.cat([batch.weighted for batch in self._losses]).float().sum()
+            self.sums[1] += len(losses)
+            times = [batch.times for batch in self._losses if batch.times is not None]
+            if times:
+                log_snr = torch.cat([part.log_snr for part in times])
+                position = (log_snr - self.lowest) / (self.highest - self.lowest) * NUM_BINS
+                bins = position.floor().clamp(0, NUM_BINS - 1).long().to(self.sums.device, non_blocking=True)
+                self.sums.index_add_(0, 4 + bins, losses)
+                self.sums.index_add_(0, 4 + NUM_BINS + bins, torch.ones_like(losses))
+        self._losses, self._norms = [], []
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
         """The means over all ranks and micro-batches since the last reading, none if all were skipped; waits for the device."""
+        self._sum_up()
         values = accelerator.reduce(self.sums, "sum").tolist()
         self.sums.zero_()
         if not values[1]:
@@ -502,6 +520,8 @@ class Training:
                 in_precision(self.network, accelerator),
                 accelerator.prepare_optimizer(optimizer),
             )
+        # Accelerate's wrapper looks for an optional package on the disk at every step: needed for float16's scaling alone
+        self.take_step = optimizer.step if accelerator.scaler is None else self.optimizer.step
         self.parameters = list(self.network.parameters())  # walking the modules at each step would cost a millisecond
         if resume_from is not None:
             self._load_optimizer(resume_from)
@@ -634,20 +654,21 @@ class Training:
             # divided gradients are added up where they lie: each micro-batch sends its own
             with accelerator.accumulate(*([self.model] if self.sharding is None else [])):
                 losses = self.task.losses(self.model, levels, labels, rows)
-                accelerator.backward(losses.weighted.mean())
+                self.backward(losses.weighted.mean())
                 self.time.collect(accelerator, losses)
                 collected.append(losses)
                 if accelerator.sync_gradients:
                     limit = optimization.max_grad_norm or math.inf
                     accelerator.unscale_gradients()
-                    clip = torch.nn.utils.clip_grad_norm_ if self.sharding is None else clip_gradients
+                    clip = clip_gradients if self.sharding is None else clip_divided_gradients
                     norm = clip(self.parameters, limit)
                     # float16's loss scaling leaves out overflowing steps by itself
                     if optimization.max_skipped_steps and accelerator.scaler is None:
                         healthy = bool(norm.isfinite())
-                if healthy:
-                    self.optimizer.step()
-                self.optimizer.zero_grad()
+                    if healthy:
+                        self.take_step()
+                    for parameter in self.parameters:
+                        parameter.grad = None
         self.step += 1
         self.images_seen += self.global_batch
         if not healthy:
@@ -660,6 +681,14 @@ class Training:
         self.time.step(accelerator, self.learning_rate_factor(self.step - 1))
         if self.ema is not None:
             self.ema.update(self.step - self.stage(self.step - 1).first)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a micro-batch's loss; its share of the optimiser step's."""
+        # Accelerate's own looks for an optional package on the disk at every step: needed for float16's scaling alone
+        if self.accelerator.scaler is not None:
+            self.accelerator.backward(loss)
+        else:
+            (loss / self.accelerator.gradient_accumulation_steps).backward()
 
     def skip_step(self) -> None:
         """Go on as if the step's images had not been there, or raise FloatingPointError after too many in a row.

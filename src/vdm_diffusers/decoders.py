@@ -51,12 +51,11 @@ def encode_pixels(
         )
     check_range(levels, num_levels)
     # (2 k + 1 - L) / L and (2 k - (L - 1)) / (L - 1): the numerators are exact, so there is one rounding
-    if pixel_encoding == "bin_center":
-        numerator, denominator = 2 * levels.long() + 1 - num_levels, num_levels
-    else:
-        numerator, denominator = 2 * levels.long() - (num_levels - 1), num_levels - 1
     working = dtype if dtype in (torch.float32, torch.float64) else torch.float32
-    return (numerator.to(working) / denominator).to(dtype)
+    exact = num_levels <= 2**22  # for float32 too, which takes a pass over the pixels less than integers
+    numerator = 2 * (levels.to(working) if exact else levels.long())
+    numerator = numerator.add_(1 - num_levels).to(working)
+    return numerator.div_(num_levels if pixel_encoding == "bin_center" else num_levels - 1).to(dtype)
 
 
 def decode_pixels(x: Tensor, num_levels: int = 256, pixel_encoding: PixelEncoding = "bin_center") -> Tensor:

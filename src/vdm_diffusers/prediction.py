@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .gaussian import Path, alpha_sigma
-from .numerics import as_float64, linear_combination, on_host
+from .numerics import as_float64, expand_to, linear_combination, on_host
 
 PredictionType = Literal["sample", "epsilon", "v_prediction", "score", "flow_prediction"]
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
@@ -46,8 +46,14 @@ def target_coefficients(
 def prediction_target(
     x: Tensor, noise: Tensor, log_snr: Tensor | float, prediction_type: PredictionType, *, path: Path = "vp"
 ) -> Tensor:
-    """What a network of the given type should answer at z_t = alpha x + sigma eps: y = a x + b eps, of x's shape."""
+    """What a network of the given type should answer at z_t = alpha x + sigma eps: y = a x + b eps, of x's shape.
+
+    For `sample` and `epsilon` it is x or the noise itself, not a copy.
+    """
     a, b = target_coefficients(log_snr, prediction_type, path=path)
+    if prediction_type in ("sample", "epsilon") and (x.shape, x.dtype) == (noise.shape, noise.dtype):
+        expand_to(a, x)  # raises where log_snr does not go with the data
+        return x if prediction_type == "sample" else noise
     return linear_combination(a, x, b, noise)
 
 
