@@ -12,6 +12,7 @@ import argparse
 import math
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 
@@ -49,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", default="bits_per_pixel.png")
     arguments = parser.parse_args(argv)
     pipeline = VDMPipeline.from_pretrained(arguments.checkpoint)
-    images = torch.from_numpy(load_digits().images).to(torch.uint8)[:, None][-arguments.num_images :]
+    test = np.random.default_rng(0).permutation(1797)[1500:]  # the split that training/train.py never looks at
+    images = torch.from_numpy(load_digits().images[test]).to(torch.uint8)[: arguments.num_images, None]
     bits = bits_per_pixel(pipeline, images)
     figure, axes = plt.subplots(2, len(images), figsize=(1.5 * len(images), 3.4), squeeze=False)
     for image, share, (above, below) in zip(images, bits, axes.T, strict=True):

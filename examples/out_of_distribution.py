@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import zlib
 
+import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
@@ -32,7 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = VDMPipeline.from_pretrained(arguments.checkpoint)
     generator = torch.Generator().manual_seed(0)
 
-    digits = torch.from_numpy(load_digits().images).to(torch.uint8)[:, None][-arguments.num_images :]
+    test = np.random.default_rng(0).permutation(1797)[1500:]  # the split that training/train.py never looks at
+    digits = torch.from_numpy(load_digits().images[test]).to(torch.uint8)[: arguments.num_images, None]
     kinds = {
         "digits": digits,
         "upside down": digits.flip(2),
