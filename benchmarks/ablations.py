@@ -13,7 +13,6 @@ row is taken seed by seed, since equal seeds share data order, times and noise. 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import sys
@@ -69,7 +68,7 @@ def result_of(folder: Path, tokens: list[str], num_samples: int, max_images: int
 
 def test_images(folder: Path, max_images: int | None) -> ImageSet:
     arguments = json.loads((folder / ARGUMENTS_FILE).read_text(encoding="utf-8"))["arguments"]
-    data = DataArguments(**{field.name: arguments[field.name] for field in dataclasses.fields(DataArguments)})
+    data = DataArguments(**{name: arguments[name] for name in DataArguments.__dataclass_fields__ if name in arguments})
     images = load_split(data, default_test_split(data), arguments["seed"])
     return images if max_images is None else images.first(max_images)
 

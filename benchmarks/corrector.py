@@ -40,9 +40,9 @@ def main() -> None:
     """Print one line for each number of evaluations and sampler."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(CHECKPOINT))
-    parser.add_argument("--evaluations", type=int, nargs="+", default=[10, 20, 50, 100])
+    parser.add_argument("--evaluations", type=int, nargs="+", default=[10, 20, 40])
     parser.add_argument("--signal_to_noise_ratio", type=float, nargs="+", default=[0.05, 0.16])
-    parser.add_argument("--samples", type=int, default=600)
+    parser.add_argument("--samples", type=int, default=400)
     parser.add_argument("--repeats", type=int, default=3, help="independent sets of samples")
     args = parser.parse_args()
     splits = {name: load_split(DataArguments(), name, seed=0) for name in ("train", "test")}

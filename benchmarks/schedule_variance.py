@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="file for the figures")
     args = parser.parse_args()
     trained = json.loads((Path(args.checkpoint) / ARGUMENTS_FILE).read_text(encoding="utf-8"))["arguments"]
-    data = DataArguments(**{name: trained[name] for name in DataArguments.__dataclass_fields__})
+    data = DataArguments(**{name: trained[name] for name in DataArguments.__dataclass_fields__ if name in trained})
     train_images, test_images = (load_split(data, split, trained["seed"]) for split in ("train", "test"))
     pipeline = VDMPipeline.from_pretrained(args.checkpoint)
     pipeline.unet.eval()

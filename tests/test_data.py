@@ -173,7 +173,7 @@ def test_columns_are_found_by_feature_or_named(tmp_path, arguments):
         load_split(arguments(source), "train", seed=0)
     with pytest.raises(DataError, match="the columns are left, right, note"):
         load_split(arguments(source, image_column="middle"), "train", seed=0)
-    with pytest.raises(DataError, match=r"image 0 must be an image, or integers"):
+    with pytest.raises(DataError, match=r"image 0 of the split must be an image, or integers"):
         load_split(arguments(source, image_column="note"), "train", seed=0)
     assert load_split(arguments(source, image_column="right"), "train", seed=0).images.shape[1:] == (3, 4, 4)
 
