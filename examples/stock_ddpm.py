@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from sklearn.datasets import load_digits
+from tqdm.auto import tqdm
 
 from vdm_diffusers import evaluate_likelihood
 
@@ -32,7 +33,7 @@ def train(images: torch.Tensor, steps: int, seed: int = 0) -> DDPMPipeline:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     clean = images.float() / 16 * 2 - 1  # what ToTensor and Normalize([0.5], [0.5]) do to 17 levels
-    for _ in range(steps):
+    for _ in tqdm(range(steps)):
         batch = clean[torch.randint(len(clean), (64,))]
         noise = torch.randn_like(batch)
         timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (len(batch),))
