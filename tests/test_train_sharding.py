@@ -1,6 +1,9 @@
-"""Weights divided among the processes: the same run, the same checkpoints."""
+"""Weights, or optimiser states alone, divided among the processes: the same run, the same checkpoints."""
 
+import importlib.util
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +20,7 @@ from checkpoints import list_checkpoints
 from ema import EMA
 from safetensors.torch import load_file
 from sharding import Sharding, _units, gathered, requested_sharding
+from zero import requested_zero
 
 from vdm_diffusers import VDMPipeline, VDMUNet2DModel
 
@@ -50,6 +54,23 @@ UNITS = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "VDMResnetBlock2D",
 }
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="DeepSpeed is not installed: pip install 'vdm-diffusers[deepspeed]'",
+)
+# the loss of process 0's first rows is not a number in two of the steps
+NOT_FINITE = """
+import dataclasses, sys
+sys.path.insert(0, {folder!r})
+import diffusion, train
+def losses(self, model, levels, labels, rows, plain=diffusion.DiffusionTask.losses):
+    found = plain(self, model, levels, labels, rows)
+    broken = rows.step in (2, 5) and rows.first == 0
+    return dataclasses.replace(found, values=found.values * float("nan")) if broken else found
+diffusion.DiffusionTask.losses = losses
+sys.exit(train.main())
+"""
 
 
 def network(**options):
@@ -122,6 +143,89 @@ def test_what_fsdp_cannot_do_here_is_said(monkeypatch, wrong, said):
         requested_sharding(SimpleNamespace(**options))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero_stage 1 or 2"),
+        ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, "zero_stage 1 or 2"),
+        ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "offload_optimizer_device"),
+        ({"mixed_precision": "fp16"}, "mixed_precision bf16 or no"),
+        ({"optimizer": {"type": "AdamW"}}, "neither an optimizer nor a scheduler"),
+    ],
+)
+def test_what_deepspeed_cannot_do_here_is_said(monkeypatch, tmp_path, wrong, said):
+    options = {"distributed_type": DistributedType.MULTI_CPU, "mixed_precision": "bf16", "parallelism_config": None}
+    for name in ZERO:
+        monkeypatch.delenv(name, raising=False)
+    assert requested_zero(SimpleNamespace(**options)) is None
+    for name, value in ZERO.items():
+        monkeypatch.setenv(name, value)
+    asked = requested_zero(SimpleNamespace(**options))
+    assert asked["zero_optimization"]["stage"] == 2
+    assert not {"bf16", "gradient_clipping", "gradient_accumulation_steps", "train_batch_size"} & asked.keys()
+    file = {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}, "gradient_clipping": 7.0}
+    for name, value in wrong.items():
+        if name == "mixed_precision":
+            options[name] = value
+        elif name == "optimizer":
+            (tmp_path / "deepspeed.json").write_text(json.dumps(file | {name: value}))
+            monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "deepspeed.json"))
+        else:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said):
+        requested_zero(SimpleNamespace(**options))
+
+
+def test_a_deepspeed_file_keeps_what_is_not_an_argument_of_the_script(monkeypatch, tmp_path):
+    file = {"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto", "overlap_comm": False}}
+    file |= {
+        "gradient_clipping": 7.0,
+        "train_batch_size": "auto",
+        "bf16": {"enabled": True},
+        "wall_clock_breakdown": True,
+    }
+    (tmp_path / "deepspeed.json").write_text(json.dumps(file))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "deepspeed.json"))
+    options = {"distributed_type": DistributedType.MULTI_CPU, "mixed_precision": "no", "parallelism_config": None}
+    asked = requested_zero(SimpleNamespace(**options))
+    stage = asked["zero_optimization"]
+    assert stage["stage"] == 1 and stage["overlap_comm"] is False and "reduce_bucket_size" not in stage
+    assert asked["wall_clock_breakdown"] is True
+    assert not {"bf16", "gradient_clipping", "train_batch_size"} & asked.keys()
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--optimizer=muon", "whole matrices: DeepSpeed divides"),
+        ("--model=vae", "--model vae is small: DeepSpeed divides"),
+        ("--channels_last=true", "--channels_last: DeepSpeed"),
+    ],
+)
+def test_options_that_deepspeed_does_not_go_with_are_refused(monkeypatch, recipe, tmp_path, capsys, option, said):
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    monkeypatch.setattr(train, "requested_zero", lambda accelerator: {"zero_optimization": {"stage": 2}})
+    assert train.main([f"--config={recipe}", f"--output_dir={tmp_path / 'run'}", option]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_missing_deepspeed_is_told(monkeypatch, recipe, tmp_path, capsys):
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("accelerate.accelerator.is_deepspeed_available", lambda: False)
+    assert train.main([f"--config={recipe}", f"--output_dir={tmp_path / 'run'}"]) == 2
+    assert "pip install deepspeed" in capsys.readouterr().err
+
+
+def test_the_deepspeed_configuration_says_what_it_means():
+    config = yaml.safe_load((CONFIGS / "deepspeed_zero2.yaml").read_text())
+    assert config["distributed_type"] == "DEEPSPEED"
+    assert config["deepspeed_config"]["zero_stage"] == 2
+
+
 @pytest.mark.parametrize("name", ["fsdp.yaml", "fsdp_keep_gathered.yaml"])
 def test_the_configurations_say_what_they_mean(name):
     config = yaml.safe_load((CONFIGS / name).read_text())
@@ -130,7 +234,7 @@ def test_the_configurations_say_what_they_mean(name):
     assert config["fsdp_config"]["fsdp_reshard_after_forward"] is (name == "fsdp.yaml")
 
 
-def launch(recipe, output_dir, environment=(), launcher=(), **options):
+def launch(recipe, output_dir, environment=(), launcher=(), script=SCRIPT, **options):
     """Run the script in two processes; returns what it said."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -141,7 +245,7 @@ def launch(recipe, output_dir, environment=(), launcher=(), **options):
         launcher = (*launcher, "--num_processes=2", f"--main_process_port={port}")
     given = {"config": recipe, "output_dir": output_dir, **options}
     process = subprocess.Popen(
-        [sys.executable, *launcher, str(SCRIPT), *(f"--{name}={value}" for name, value in given.items())],
+        [sys.executable, *launcher, str(script), *(f"--{name}={value}" for name, value in given.items())],
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"} | dict(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -269,3 +373,102 @@ def test_what_is_learned_about_time_is_the_same_on_two_processes(recipe, tmp_pat
         for step in (3, 6)
     )
     assert any(not torch.equal(first[name], last[name]) for name in last)  # it was still learning
+
+
+def assert_same_run(output_dir, reference):
+    """Weights, average and optimiser of every checkpoint, and how the optimiser's are laid out."""
+    assert_close(output_dir, reference)
+    assert len(list_checkpoints(reference)) > 0
+    for folder in list_checkpoints(reference):
+        for part in ("unet/diffusion_pytorch_model.safetensors", "training_state/weights.safetensors"):
+            assert_close(output_dir / folder.name, folder, part)
+        ours, theirs = (
+            torch.load(run / folder.name / "training_state" / "optimizer.pt", weights_only=True)
+            for run in (output_dir, reference)
+        )
+        assert ours["param_groups"] == theirs["param_groups"]
+        assert ours["state"].keys() == theirs["state"].keys()
+        for number, entry in theirs["state"].items():
+            for name, want in entry.items():
+                torch.testing.assert_close(ours["state"][number][name], want, rtol=1e-4, atol=1e-6)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_deepspeed_is_the_same_run(recipe, replicated, tmp_path, stage):
+    said = launch(recipe, tmp_path / "run", ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}, sample_steps=8)
+    assert "optimiser states divided" in said
+    assert_same_run(tmp_path / "run", replicated)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("eval/bits_per_dim") == 2
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_a_deepspeed_run_goes_on_with_deepspeed_or_without(recipe, replicated, tmp_path):
+    launch(recipe, tmp_path / "run", ZERO, async_checkpoints=True)
+    unbroken = load_file(tmp_path / "run" / "checkpoint-8" / "training_state" / "weights.safetensors")
+    for environment in (ZERO, {}):
+        said = launch(recipe, tmp_path / "run", environment, resume_from_checkpoint="checkpoint-4")
+        assert "at step 4" in said
+        assert_same_run(tmp_path / "run", replicated)
+        if environment:  # nothing is lost: bit for bit
+            resumed = load_file(tmp_path / "run" / "checkpoint-8" / "training_state" / "weights.safetensors")
+            assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+    shutil.copytree(replicated, tmp_path / "taken over")
+    launch(recipe, tmp_path / "taken over", ZERO, resume_from_checkpoint="checkpoint-4")
+    assert_same_run(tmp_path / "taken over", replicated)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_deepspeed_with_accumulation_clipping_and_a_learned_schedule(recipe, tmp_path):
+    options = {"gradient_accumulation_steps": 2, "max_train_steps": 4, "max_grad_norm": 0.5, "learn_schedule": True}
+    launch(recipe, tmp_path / "run", ZERO, gradient_checkpointing=True, **options)
+    launch(recipe, tmp_path / "replicated", **options)
+    assert_same_run(tmp_path / "run", tmp_path / "replicated")
+    part = "training_state/schedule.safetensors"
+    assert_close(tmp_path / "run" / "checkpoint-4", tmp_path / "replicated" / "checkpoint-4", part)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_deepspeed_in_bf16(recipe, tmp_path):
+    options = {"mixed_precision": "bf16", "max_train_steps": 3, "lr_warmup_steps": 0, "checkpointing_steps": 1}
+    launch(recipe, tmp_path / "run", ZERO, **options)
+    launch(recipe, tmp_path / "replicated", **options)
+    launch(recipe, tmp_path / "float32", **options | {"mixed_precision": "no"})
+    part = "training_state/weights.safetensors"
+    assert_close(tmp_path / "run" / "checkpoint-1", tmp_path / "replicated" / "checkpoint-1", part)
+    got, want, float32 = (
+        load_file(tmp_path / name / "checkpoint-3" / part) for name in ("run", "replicated", "float32")
+    )
+    for name in want:  # of steps of 1e-3; see the test of divided weights
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=5e-4)
+    assert max((got[name] - float32[name]).abs().max() for name in want) > 1e-4  # it was bf16
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_deepspeed_skips_what_is_not_finite(recipe, tmp_path):
+    (tmp_path / "script.py").write_text(NOT_FINITE.format(folder=str(SCRIPT.parent)))
+    options = {
+        "script": tmp_path / "script.py",
+        "max_skipped_steps": 1,
+        "gradient_accumulation_steps": 2,
+        "eval_steps": 0,
+    }
+    for name, environment in (("run", ZERO), ("replicated", {})):
+        launch(recipe, tmp_path / name, environment, **options)
+    assert_same_run(tmp_path / "run", tmp_path / "replicated")
+    state = json.loads((tmp_path / "run" / "checkpoint-8" / "training_state" / "state.json").read_text())
+    assert state["skipped"] == 2
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_accelerate_launch_with_the_deepspeed_configuration(recipe, replicated, tmp_path):
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "deepspeed_zero2.yaml"))
+    said = launch(recipe, tmp_path / "run", {"DS_ACCELERATOR": "cpu"}, launcher)
+    assert "optimiser states divided" in said
+    assert_same_run(tmp_path / "run", replicated)

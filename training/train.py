@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
@@ -86,6 +86,7 @@ from streaming import ImageStream, first_images
 from time_learning import TimeLearning
 from torch import Tensor
 from tqdm.auto import tqdm
+from zero import ZeroEngine, requested_zero
 
 from vdm_diffusers import VDMPipeline, VDMScheduler
 from vdm_diffusers.hub import (
@@ -149,10 +150,10 @@ def check_launch(accelerator: Accelerator) -> None:
             f"the launcher's WORLD_SIZE is {wanted}, but {accelerator.num_processes} process(es) found each other. On CPUs start "
             f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {wanted} training/train.py`."
         )
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    if accelerator.distributed_type == DistributedType.MEGATRON_LM:
         raise SetupError(
-            f"{accelerator.distributed_type.value} is not done here. Weights and optimiser states are divided among the processes, as ZeRO-3 and "
-            "ZeRO-2 divide them, by training/accelerate_configs/fsdp.yaml and fsdp_keep_gathered.yaml."
+            "MEGATRON_LM is not done here. Weights and optimiser states are divided among the processes by "
+            "training/accelerate_configs/fsdp.yaml, optimiser states and gradients by deepspeed_zero2.yaml."
         )
     # `accelerate launch --cpu --num_processes N` starts a single process; all it leaves are these two variables
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -428,18 +429,21 @@ class Training:
         optimization, device = args.optimization, accelerator.device
         check_launch(accelerator)
         try:
-            self.sharding = requested_sharding(accelerator)
+            self.sharding, zero = requested_sharding(accelerator), requested_zero(accelerator)
         except ValueError as error:
             raise SetupError(str(error)) from error
-        if self.sharding is not None and (self.is_latent or optimization.optimizer == "muon"):
+        if (self.sharding or zero) and (self.is_latent or optimization.optimizer == "muon"):
             what = (
                 "--optimizer muon needs whole matrices"
                 if not self.is_latent
                 else f"--model {args.model.model} is small"
             )
             raise SetupError(
-                f"{what}: FSDP divides them. Use training/accelerate_configs/ddp.yaml or --optimizer adamw."
+                f"{what}: {'FSDP divides them' if self.sharding else 'DeepSpeed divides their gradients'}. "
+                "Use training/accelerate_configs/ddp.yaml or --optimizer adamw."
             )
+        if zero and optimization.channels_last:
+            raise SetupError("--channels_last: DeepSpeed lays all weights out in one row.")
         self.output_dir = prepare_output_dir(args, accelerator)
         resume_from, self.warnings = None, [idle_cores(accelerator)]
         if args.run.resume_from_checkpoint:
@@ -513,7 +517,13 @@ class Training:
             )
         except ValueError as error:
             raise SetupError(str(error)) from error
-        if self.sharding is None:
+        self.engine: ZeroEngine | None = None
+        if zero is not None:
+            sizes = {"rows": optimization.train_batch_size, "accumulation": optimization.gradient_accumulation_steps}
+            limit = optimization.max_grad_norm or 0.0
+            self.engine = ZeroEngine(self.network, optimizer, zero, accelerator, **sizes, max_grad_norm=limit)
+            self.model, self.optimizer = self.engine, optimizer
+        elif self.sharding is None:
             self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
         else:
             self.model, self.optimizer = (
@@ -652,12 +662,16 @@ class Training:
                 labels = None
             seed_dropout(accelerator.device, optimization.seed, "dropout", self.step, first)
             # divided gradients are added up where they lie: each micro-batch sends its own
-            with accelerator.accumulate(*([self.model] if self.sharding is None else [])):
+            with accelerator.accumulate(*([] if self.sharding or self.engine else [self.model])):
                 losses = self.task.losses(self.model, levels, labels, rows)
                 self.backward(losses.weighted.mean())
                 self.time.collect(accelerator, losses)
                 collected.append(losses)
-                if accelerator.sync_gradients:
+                if accelerator.sync_gradients and self.engine is not None:
+                    norm = self.engine.step()
+                    if optimization.max_skipped_steps:
+                        healthy = bool(norm.isfinite())
+                elif accelerator.sync_gradients:
                     limit = optimization.max_grad_norm or math.inf
                     accelerator.unscale_gradients()
                     clip = clip_gradients if self.sharding is None else clip_divided_gradients
@@ -685,7 +699,9 @@ class Training:
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a micro-batch's loss; its share of the optimiser step's."""
         # Accelerate's own looks for an optional package on the disk at every step: needed for float16's scaling alone
-        if self.accelerator.scaler is not None:
+        if self.engine is not None:
+            self.engine.backward(loss, last=self.accelerator.sync_gradients)
+        elif self.accelerator.scaler is not None:
             self.accelerator.backward(loss)
         else:
             (loss / self.accelerator.gradient_accumulation_steps).backward()
@@ -841,7 +857,7 @@ class Training:
             f"evaluating on {self.eval_images.name}\n"
             f"network: {self.network_class.__name__}, {parameters / 1e6:.2f}M weights; {objective}\n"
             f"{self.num_steps} optimiser steps of {self.global_batch} images ({self.rows} x {accelerator.num_processes} process(es) x "
-            f"{optimization.gradient_accumulation_steps} micro-batch(es)), {epochs}, on {accelerator.device}{', weights divided' if self.sharding else ''}, precision {accelerator.mixed_precision}\n"
+            f"{optimization.gradient_accumulation_steps} micro-batch(es)), {epochs}, on {accelerator.device}{', weights divided' if self.sharding else ', optimiser states divided' if self.engine else ''}, precision {accelerator.mixed_precision}\n"
             f"writing to {self.output_dir}"
         )
 
@@ -906,13 +922,13 @@ class Training:
         """Everything that the run needs to go on, and a pipeline of the averaged weights, in one folder."""
         if self.accelerator.is_main_process:
             self.writer.wait()  # the copies that it writes are about to be overwritten
+        device = "cpu" if self.accelerator.is_main_process else None
         weights, optimizer, averaged = (
             self.network.state_dict(),
-            self.optimizer.state_dict(),
+            self.optimizer.state_dict() if self.engine is None else self.engine.gathered_optimizer(device),
             self.averaged.state_dict(),
         )
         if self.sharding is not None:  # all processes give, the main one takes
-            device = "cpu" if self.accelerator.is_main_process else None
             weights, optimizer, averaged = (gathered(state, device) for state in (weights, optimizer, averaged))
         streams = [] if self.stream is None else gather_object([self.stream.state_dict()])  # of all processes
         if self.accelerator.is_main_process:
@@ -1129,7 +1145,9 @@ class Training:
     def _load_optimizer(self, checkpoint: Path) -> None:
         state = checkpoint / STATE_FOLDER
         optimizer = torch.load(state / "optimizer.pt", map_location="cpu", weights_only=True)
-        if self.sharding is None:
+        if self.engine is not None:
+            self.engine.load_gathered_optimizer(optimizer)
+        elif self.sharding is None:
             self.optimizer.load_state_dict(optimizer)
         else:
             load_gathered_optimizer(self.optimizer, optimizer)
@@ -1155,8 +1173,10 @@ def make_accelerator(args: Arguments) -> Accelerator:
                 DistributedDataParallelKwargs(find_unused_parameters=args.model.model == "latent_vdm"),
             ],
         )
-    except ValueError as error:  # what this device cannot do
+    except (ValueError, ImportError) as error:  # what this device cannot do, or what is not installed
         raise SetupError(str(error)) from error
+    # the launcher's environment for DeepSpeed has one of its own
+    accelerator.gradient_accumulation_steps = args.optimization.gradient_accumulation_steps
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would train in float32
         raise SetupError("--mixed_precision fp16 needs a GPU: on a CPU take bf16, or no.")
     return accelerator
@@ -1172,7 +1192,7 @@ def main(argv: list[str] | None = None) -> int:
             stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
             Training(args, accelerator).train()
     except (SetupError, DataError, CheckpointError) as error:
-        if PartialState().is_local_main_process:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # Accelerate itself may be what failed
             print(f"train.py: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except SaveError as error:
