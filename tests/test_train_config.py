@@ -172,9 +172,10 @@ def test_accelerate_reads_its_configurations(path):
     merged, *_ = _validate_launch_command(launch)
     for name in ("num_machines", "num_processes", "machine_rank", "mixed_precision"):
         assert getattr(merged, name) == getattr(loaded, name), name
-    divided = path.stem.startswith("fsdp")
-    assert bool(merged.use_fsdp) == divided
-    assert bool(merged.multi_gpu) == (loaded.num_processes > 1 and not divided)
+    kind = path.stem.split("_")[0]
+    assert bool(merged.use_fsdp) == (kind == "fsdp")
+    assert bool(merged.use_deepspeed) == (kind == "deepspeed")
+    assert bool(merged.multi_gpu) == (loaded.num_processes > 1 and kind not in ("fsdp", "deepspeed"))
     assert merged.training_script_args == ["--seed=1"]
     assert loaded.mixed_precision == "no"  # which leaves it to --mixed_precision
 
