@@ -760,7 +760,7 @@ class Training:
                     accelerator.print(
                         f"SIGTERM: state saved at step {self.step}; go on with --resume_from_checkpoint latest"
                     )
-                    accelerator.end_training()
+                    self.leave()
                     raise Terminated(EXIT_TERMINATED)
         if run.eval_steps != 0:
             self.evaluate()
@@ -771,7 +771,14 @@ class Training:
             self.stream.close()
         self.save_pipeline()
         self.publish()
-        accelerator.end_training()
+        self.leave()
+
+    def leave(self) -> None:
+        """End the trackers and the process group: after DDP's wrapper, the destruction of which with the group's last reference may
+        wait for gloo's threads while these wait for the interpreter (seen with torch 2.13 in one run of seventeen)."""
+        self.model = self.network
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
 
     def record(self) -> dict[str, float]:
         """Read the meter, make sure that it is finite, and log it; waits for the device."""
