@@ -8,7 +8,7 @@ everything, also the first part that shows where further evaluations are worth m
 Then the usual sum over a DDPM chain (`ddpm_sum`), on the same mixtures seen as 8-bit images, and one table for all estimators with a
 truth in it: continuous mixtures, and data that are N known images, whose -ln p is ln N.
 
-    python benchmarks/likelihood.py [--checkpoint FOLDER] [--train_steps 600] [--num_images 48] [--output likelihood.json]
+    python benchmarks/likelihood.py [--checkpoint FOLDER] [--train_steps 600] [--num_images 48] [--seeds 1] [--output likelihood.json]
                                     [--only network,mixtures,chain,order] [--estimators continuous]
 """
 
@@ -170,7 +170,7 @@ def chain_rows(shape: tuple[int, int, int], num_images: int) -> list[dict[str, A
 
 
 def row(
-    name: str, bits: float, error: float, evaluations: int, truth: float | None, seconds: float = 0.0
+    name: str, bits: float, error: float, evaluations: float, truth: float | None, seconds: float = 0.0
 ) -> dict[str, Any]:
     return {
         "estimator": name,
@@ -265,26 +265,31 @@ def measure(
     num_dims: int,
     common: dict[str, Any],
     wanted: str = "",
+    seeds: int = 1,
 ) -> list[dict[str, Any]]:
-    """A row for every estimator whose name contains `wanted`."""
+    """A row for every estimator whose name contains `wanted`: means over seeds, of the squared standard errors too (those of one seed)."""
     rows = []
     for name, kwargs in estimators(num_dims).items():
         if wanted not in name:
             continue
         start = time.perf_counter()
-        report = evaluate_likelihood(
-            model,
-            images,
-            generator=torch.Generator().manual_seed(0),
-            progress_bar=False,
-            batch_size=512,
-            **common,
-            **kwargs,
-        )
-        seconds = time.perf_counter() - start
-        rows.append(
-            row(name, report.bits_per_dim, report.standard_error, report.num_model_evaluations, truth, seconds)
-        )
+        reports = [
+            evaluate_likelihood(
+                model,
+                images,
+                generator=torch.Generator().manual_seed(seed),
+                progress_bar=False,
+                batch_size=512,
+                **common,
+                **kwargs,
+            )
+            for seed in range(seeds)
+        ]
+        seconds = (time.perf_counter() - start) / seeds
+        bits = sum(report.bits_per_dim for report in reports) / seeds
+        error = math.sqrt(sum(report.standard_error**2 for report in reports) / seeds)
+        evaluations = sum(report.num_model_evaluations for report in reports) / seeds
+        rows.append(row(name, bits, error, evaluations, truth, seconds))
     return rows
 
 
@@ -311,6 +316,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="a VDMPipeline of the digits; none: a small one is trained here")
     parser.add_argument("--train_steps", type=int, default=600, help="of that one")
     parser.add_argument("--num_images", type=int, default=48, help="evaluated")
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="of network and mixtures: error bars are the mean over so many runs"
+    )
     parser.add_argument("--output", type=Path, help="write the rows as JSON too")
     parser.add_argument("--only", default="network,mixtures,chain,order", help="parts, with commas")
     parser.add_argument("--estimators", default="", help="of network and mixtures: those whose name contains this")
@@ -325,7 +333,7 @@ def main() -> None:
             if arguments.checkpoint
             else train(train_images, arguments.train_steps)
         )
-        results["network"] = measure(pipeline, test_images, None, 64, {}, arguments.estimators)
+        results["network"] = measure(pipeline, test_images, None, 64, {}, arguments.estimators, arguments.seeds)
         show("A network on the 8x8 digits", results["network"])
 
     for shape in shapes if "chain" in parts else ():
@@ -350,7 +358,7 @@ def main() -> None:
         model = Exact(data, scheduler)
         common = {"scheduler": scheduler, "num_levels": None}
         results[f"mixture {data.num_dims}"] = rows = measure(
-            model, x, truth, data.num_dims, common, arguments.estimators
+            model, x, truth, data.num_dims, common, arguments.estimators, arguments.seeds
         )
         show(f"The exact denoiser of a mixture in {data.num_dims} dimensions, -ln p = {truth:.4f} bits/dim", rows)
     if arguments.output:

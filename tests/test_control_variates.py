@@ -6,7 +6,7 @@ import mpmath
 import pytest
 import torch
 
-from vdm_diffusers.control_variates import Controls, PixelDenoiser, WienerDenoiser, gauss_legendre
+from vdm_diffusers.control_variates import Controls, PixelDenoiser, Surrogate, WienerDenoiser, gauss_legendre
 from vdm_diffusers.decoders import encode_pixels, level_values
 from vdm_diffusers.gaussian import diffuse
 
@@ -97,3 +97,23 @@ def test_zero_terminal_snr_and_large_signals_are_finite():
     ell = torch.tensor([-math.inf, -60.0, -20.0, 13.3, 40.0, 6.0], dtype=torch.float64)
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
     assert bool(cheap.features(x, levels, noise, diffuse(x, noise, ell), ell).isfinite().all())
+
+
+def test_a_feature_that_vanishes_has_no_large_coefficient():
+    """The pixels' loss falls double exponentially with log SNR. A coefficient of 1e5 that fits noise where it is 1e-6 is a spike at the next
+    knot, which hardly an evaluation sees: estimates were off by thirty of their standard errors.
+    """
+    cheap, x, levels = controls(17, count=48)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.arange(48).repeat(28)
+    log_snr = -5 + 18.3 * torch.rand(len(image), generator=generator, dtype=torch.float64)
+    noise = torch.randn(x[image].shape, generator=generator)
+    z_t = diffuse(x[image], noise, log_snr)
+    features = cheap.features(x[image], levels[image], noise, z_t, log_snr).T
+    errors = torch.randn(2, len(image), generator=generator, dtype=torch.float64)
+    pixels, rest = features[:, 2] * (1 + 0.1 * errors[0]), 10 * torch.exp((log_snr - 13.3) / 2) * (1 + 0.3 * errors[1])
+    knots = torch.linspace(-5, 13.3, 18, dtype=torch.float64)
+    surrogate = Surrogate.fit(knots, log_snr, features, pixels + rest, torch.ones_like(log_snr))
+    found = surrogate.coefficients[:, 2]
+    assert float(found.abs().max()) < 5
+    assert float((found[(knots > 0) & (knots < 6)] - 1).abs().max()) < 0.6  # where it matters it is right

@@ -20,7 +20,7 @@ from vdm_diffusers.decoders import decode_pixels
 def test_estimators_stand_in_their_order(data):
     """truth = ODE and continuous <= importance-weighted <= discrete, within 5 standard errors."""
     rows = (
-        benchmark.order_of_mixture((1, 4, 4), 16, 32) if data == "mixture" else benchmark.order_of_known_images(8, 32)
+        benchmark.order_of_mixture((1, 4, 4), 16, 32) if data == "mixture" else benchmark.order_of_known_images(8, 256)
     )
     ode, continuous, many, few, discrete = rows
     bits = lambda r: r["bits_per_dim"]  # noqa: E731

@@ -215,7 +215,7 @@ def test_two_processes_share_the_images_by_every_method(tmp_path):
     script = tmp_path / "evaluate.py"
     script.write_text(
         """
-import sys, torch
+import os, sys, torch
 sys.path.insert(0, sys.argv[1])
 from test_likelihood_methods import METHODS, Differentiable, mixture, log_snr_scheduler, evaluate
 from accelerate import Accelerator
@@ -231,7 +231,8 @@ for method, kwargs in METHODS.items():
     calls.clear()
     r = evaluate(model, x, scheduler=s, method=method, num_levels=None, batch_size=32, accelerator=accelerator, **kwargs)
     assert len(r.nats) == 41
-    print("result", sum(calls), r.num_model_evaluations, repr(float(r.nats.sum())), repr(r.standard_error), flush=True)
+    row = ("result", sum(calls), r.num_model_evaluations, repr(float(r.nats.sum())), repr(r.standard_error))
+    os.write(1, (" ".join(map(str, row)) + "\\n").encode())  # in one piece: the processes share a pipe
 """
     )
     tests = str(Path(__file__).parent)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vdm_diffusers.time_sampling import discretize, fold, low_discrepancy, uniform
+from vdm_diffusers.time_sampling import discretize, fold, latin_hypercube, low_discrepancy, uniform
 
 
 def generator(seed=0):
@@ -111,3 +111,26 @@ def test_discretize(T):
 def test_a_part_outside_the_global_batch_is_refused(arguments):
     with pytest.raises(ValueError, match="do not lie in a global batch of"):
         low_discrepancy(**arguments)
+
+
+@pytest.mark.parametrize("num_samples", [1, 4, 7])
+def test_latin_hypercube(num_samples):
+    noise = torch.stack([latin_hypercube(num_samples, (3, 5), generator(seed)) for seed in range(2000)])
+    assert noise.shape == (2000, num_samples, 3, 5) and noise.dtype == torch.float32
+    u = torch.special.ndtr(noise.double())
+    # one value of every coordinate in each cell
+    cells = (u * num_samples).floor().sort(dim=1).values
+    assert torch.equal(cells, torch.arange(num_samples).double()[None, :, None, None].expand_as(cells))
+    for row in range(num_samples):  # each noise alone is standard normal, and its coordinates are independent
+        check_uniform(u[:, row])
+        product = (noise[:, row, :, :-1] * noise[:, row, :, 1:]).mean((0, 2))
+        assert bool((product.abs() < 5 / math.sqrt(2000 * 4)).all())
+
+
+def test_latin_hypercube_leaves_little_of_an_additive_function():
+    def spread(noise):
+        return float((noise**2 + 2 * noise).flatten(2).sum(2).mean(1).var())
+
+    stratified = torch.stack([latin_hypercube(8, (6,), generator(seed)) for seed in range(500)])
+    independent = torch.randn(500, 8, 6, generator=generator())
+    assert spread(stratified) < 0.25 * spread(independent)

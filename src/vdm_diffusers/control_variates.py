@@ -40,6 +40,9 @@ _FULL_BASIS = 512  # up to so many dimensions the basis is that of the data's ow
 _PRIOR_WEIGHT = 8.0  # images that the smooth prior of the variances counts for
 _WINDOW = 49  # levels that the denoiser by pixels weighs; of so few it knows the frequencies too
 _LEAST_DISTANCE = 0.25  # of two levels, in deviations of the noise: with less the window would not hold +-6 deviations
+_RIDGE = (
+    0.05  # the residual's variance in units of the squared loss, about: what an evaluation counts against the prior
+)
 _SPACING = 0.05  # of the table of expected losses, in log SNR: cubic interpolation of logarithms is good to 1e-6
 
 
@@ -328,16 +331,20 @@ class Surrogate:
 
     @classmethod
     def fit(cls, knots: Tensor, log_snr: Tensor, features: Tensor, loss: Tensor, weight: Tensor) -> Surrogate:
-        """Weighted least squares: log_snr, loss, weight (M,), features (M, F)."""
-        hats = hat_weights(knots, log_snr)
-        design = (hats[:, :, None] * features[:, None, :]).flatten(1)
+        """Weighted least squares: log_snr, loss, weight (M,), features (M, F).
+
+        A feature's part of the loss is expected to be as large as the loss is in the mean over all log SNRs: a feature that all but
+        vanishes somewhere (as the pixels' loss does, double exponentially) has no large coefficient there, which would
+        be a spike between two knots.
+        """
+        size = (weight @ features**2 / weight.sum()).sqrt()
+        size = size.clamp(min=1e-12 * float(size.max()) + 1e-300)
+        scale = (weight @ loss**2 / weight.sum()).sqrt().clamp(min=1e-300)
+        design = (hat_weights(knots, log_snr)[:, :, None] * (features / size)[:, None, :]).flatten(1)
         weighted = design * weight[:, None]
-        gram = weighted.T @ design
-        diagonal = gram.diagonal()
-        size = diagonal.clamp(min=1e-12 * float(diagonal.max()) + 1e-300).sqrt()  # features differ much in size
-        gram = gram / size[:, None] / size + 1e-6 * torch.eye(len(gram), dtype=torch.float64)
-        solution = torch.linalg.solve(gram, weighted.T @ loss / size) / size
-        return cls(knots, solution.reshape(len(knots), -1))
+        gram = weighted.T @ design + _RIDGE * torch.eye(design.shape[1], dtype=torch.float64)
+        solution = torch.linalg.solve(gram, weighted.T @ (loss / scale)).reshape(len(knots), -1) * scale / size
+        return cls(knots, solution)
 
     def at(self, log_snr: Tensor) -> Tensor:
         """The coefficients at log SNRs of any shape: (..., F)."""

@@ -11,6 +11,10 @@ and passed through the inverse of a cumulative density. Every image has several 
 they are replicates, and their scatter gives the error of the estimate for these very images. (The scatter of the points of one
 lattice says nothing of the lattice's error, which may be a hundred times smaller.)
 
+Evaluations of an image at neighbouring sites have noise from one Latin hypercube: each pixel has one of them in each quarter of the normal
+distribution, and what single pixels add to the loss averages out (Stein 1987, "Large sample properties of simulations using Latin
+hypercube sampling"). More of them at a time would lie too far apart in log SNR.
+
 Everything here is in torch alone. `vdm_diffusers.evaluate_likelihood` adapts pipelines, schedulers and data sets to it.
 """
 
@@ -49,7 +53,7 @@ from .reverse_variance import (
     learned_range_variance,
     posterior_variance,
 )
-from .time_sampling import fold
+from .time_sampling import fold, latin_hypercube
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(z_t (M, C, ...), log_snr (M,) float64 on the CPU, index (M,) of the images) -> the network's output (M, C or 2 C, ...)."""
@@ -58,6 +62,7 @@ _GROUPS = 32  # groups of images with shifts of their own: the degrees of freedo
 _FITTED = 200_000  # evaluations that control variates are fitted to, at most
 _KNOTS = 32  # of the functions of log SNR that are learned, at most
 _NOISE_BLOCK = 16  # evaluations of one image whose noise comes from one seed
+_STRATA = 4  # evaluations of one image, neighbours in log SNR, whose noises are stratified together
 
 
 @dataclass(frozen=True, eq=False)
@@ -551,6 +556,13 @@ class _Layout:
     def num_replicates(self) -> int:
         return int(self.replicate[-1]) + 1
 
+    @property
+    def strata(self) -> Tensor:
+        """(n,) the block that a column belongs to: up to `_STRATA` neighbours for the same use in the same replicate; ascending."""
+        use = 2 * self.replicate + ~self.is_decoder
+        columns = torch.arange(len(use))
+        return use * len(use) + (columns - torch.searchsorted(use, use)) // _STRATA
+
     @classmethod
     def of(cls, num_images: int, num_samples: int, term: DiffusionTerm, decoder: Decoder, share: float) -> _Layout:
         least = _fewest_samples(decoder)
@@ -615,6 +627,7 @@ class _Problem:
     term: DiffusionTerm
     decoder: Decoder
     controls: Controls
+    variance_reduction: bool
     batch_size: int
     seed: int
     device: torch.device
@@ -674,7 +687,8 @@ def evaluate_bound(
             are computed, as many as they allow.
         batch_size: evaluations at a time. The result does not depend on it (but for rounding in the network).
         seed: of the noise and the shifts. Every image has noise of its own, whatever its place in a batch.
-        variance_reduction: use importance sampling and control variates; False leaves the plain stratified average.
+        variance_reduction: use importance sampling, stratified noise and control variates; False leaves the plain average over the
+            lattices.
         target_standard_error: bits/dim; go on with further rounds until the estimate's error is at most this.
         max_model_evaluations: stop before more than these, reached or not. `num_samples` for each image come first.
         progress: called with the number of evaluations done, after every batch.
@@ -693,6 +707,7 @@ def evaluate_bound(
         term=term,
         decoder=decoder,
         controls=_fit_controls(model, levels[some], term),
+        variance_reduction=variance_reduction,
         batch_size=batch_size,
         seed=seed,
         device=torch.device(device),
@@ -713,7 +728,7 @@ def evaluate_bound(
             profile = _learned_profile(problem, rounds)
         if sizes:
             continue
-        estimate = _estimate(problem, rounds, variance_reduction)
+        estimate = _estimate(problem, rounds)
         done = sum(r.nats.shape[1] for r in rounds)
         size = budget.next_round(math.sqrt(estimate.variance) / scale, done, done * count, least)
         sizes = [size] if size > 0 else []
@@ -804,13 +819,15 @@ def _evaluate_block(
     """(2 + F, m, n) of the images `rows`: nats, |eps - eps_hat|^2, and the features of the surrogate."""
     n = site.shape[1]
     model, decoder, device = problem.model, problem.decoder, problem.device
+    # without replicates the steps' own scatter gives the error, and they must be independent
+    strata = layout.strata if problem.variance_reduction and layout.num_replicates > 1 else None
     result = torch.empty(2 + problem.controls.num_features, len(rows), n, dtype=torch.float64)
     for flat in torch.arange(len(rows) * n).split(problem.batch_size):
         row, column = flat // n, flat % n
         index = rows[row]
         k = problem.levels[index].to(device)
         x = model.encode(k)
-        noise = _noise(index, column, x.shape[1:], problem.seed, number).to(device)
+        noise = _noise(index, column, x.shape[1:], problem.seed, number, strata).to(device)
         own, at, ell = layout.is_decoder[column], site[index, column], log_snr[index, column]
         z_t = diffuse(x, noise, ell)
         value, variance = model.outputs(z_t, ell, index)
@@ -925,11 +942,11 @@ def _learned_profile(problem: _Problem, rounds: list[_Round]) -> Profile:
     return replace(profile, decoder_share=sd_decoder / max(sd_decoder + sd_diffusion, 1e-300))
 
 
-def _estimate(problem: _Problem, rounds: list[_Round], variance_reduction: bool) -> _Estimate:
+def _estimate(problem: _Problem, rounds: list[_Round]) -> _Estimate:
     """What all rounds together say of every image, and the variance of their sum."""
     count, num_dims = len(problem.levels), problem.num_dims
     surrogates = {
-        (fold, own): _fit(problem, rounds, 1 - fold, own) if variance_reduction else problem.no_surrogate
+        (fold, own): _fit(problem, rounds, 1 - fold, own) if problem.variance_reduction else problem.no_surrogate
         for fold in (0, 1)
         for own in ((False, True) if isinstance(problem.decoder, GaussianDecoder) else (False,))
     }
@@ -1278,15 +1295,28 @@ def _group_size(num_images: int) -> int:
     return min(_GROUPS, math.ceil(num_images / _GROUPS))
 
 
-def _noise(index: Tensor, column: Tensor, shape: torch.Size, seed: int, number: int) -> Tensor:
-    """Standard normal noise of a round's evaluations (image, column), whatever batch they are in: (M, *shape) float32."""
-    block, position = column // _NOISE_BLOCK, column % _NOISE_BLOCK
+def _noise(
+    index: Tensor, column: Tensor, shape: torch.Size, seed: int, number: int, strata: Tensor | None = None
+) -> Tensor:
+    """Standard normal noise of a round's evaluations (image, column), whatever batch they are in: (M, *shape) float32.
+
+    Arguments:
+        strata: (n,) ascending, of all columns: those with the same number share a Latin hypercube. None: independent noise.
+    """
+    if strata is None:
+        block, place = column // _NOISE_BLOCK, column % _NOISE_BLOCK
+    else:
+        block, place = strata[column], column - torch.searchsorted(strata, strata[column])
     noise = torch.empty(len(index), *shape)
     keys, inverse = torch.stack([index, block]).unique(dim=1, return_inverse=True)
     for i, (image, part) in enumerate(keys.T.tolist()):
         generator = torch.Generator().manual_seed(mix_seed(seed, "noise", number, image, part))
+        if strata is None:
+            drawn = torch.randn(_NOISE_BLOCK, *shape, generator=generator)
+        else:
+            drawn = latin_hypercube(int((strata == part).sum()), shape, generator)
         mine = inverse == i
-        noise[mine] = torch.randn(_NOISE_BLOCK, *shape, generator=generator)[position[mine]]
+        noise[mine] = drawn[place[mine]]
     return noise
 
 
