@@ -8,7 +8,7 @@ import mpmath as mp
 import pytest
 import torch
 
-from vdm_diffusers import numerics
+from vdm_diffusers import VDMScheduler, numerics
 from vdm_diffusers.numerics import (
     as_float64,
     compute_dtype,
@@ -16,6 +16,7 @@ from vdm_diffusers.numerics import (
     linear_combination,
     minus_log1p,
     on_host,
+    shown,
     sum_except_batch,
 )
 
@@ -88,3 +89,10 @@ def test_docstrings_say_what_is_returned_and_raised(module):
         assert docstring or overrides, f"{module}.{node.name} has no docstring"
         if isinstance(node, ast.FunctionDef) and any(isinstance(n, ast.Raise) for n in ast.walk(node)):
             assert docstring and "Raise" in docstring, f"{module}.{node.name} does not say what it raises"
+
+
+def test_errors_show_few_values():
+    assert shown(torch.tensor([1.0, 2.5])) == "[1.0, 2.5]" and shown(torch.tensor(3.0)) == "3.0"
+    assert shown(torch.arange(1000.0)) == "1000 values from 0.0 to 999.0"
+    with pytest.raises(ValueError, match="512 values from 20.0 to 20.0"):
+        VDMScheduler(beta_schedule="log_snr_linear").timestep_from_log_snr(torch.full((512,), 20.0))

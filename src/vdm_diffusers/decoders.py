@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .gaussian import Path, alpha_sigma
-from .numerics import as_float64, expand_to, on_host, sum_except_batch
+from .numerics import as_float64, expand_to, on_host, shown, sum_except_batch
 
 PixelEncoding = Literal["bin_center", "endpoint"]
 PIXEL_ENCODINGS: tuple[str, ...] = get_args(PixelEncoding)
@@ -110,7 +110,7 @@ def softmax_log_likelihood(
     check_levels(levels, num_levels, z_0)
     log_snr_0 = as_float64(log_snr_0)
     if on_host(log_snr_0) and not bool(log_snr_0.isfinite().all()):
-        raise ValueError(f"`log_snr_0` must be finite for the decoder to be a distribution, got {log_snr_0.tolist()}.")
+        raise ValueError(f"`log_snr_0` must be finite for the decoder to be a distribution, got {shown(log_snr_0)}.")
     alpha, _ = alpha_sigma(log_snr_0, path)
     dtype = _accurate_dtype(z_0)
     ratio = (z_0.to(dtype) / expand_to(alpha, z_0, dtype)).flatten()

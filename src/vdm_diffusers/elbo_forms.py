@@ -38,7 +38,7 @@ from torch import Tensor
 
 from .elbo import Bound
 from .gaussian import Path, gaussian_kl, marginal, posterior, transition
-from .numerics import as_float64, expand_to, noise_like, sum_except_batch
+from .numerics import as_float64, expand_to, noise_like, shown, sum_except_batch
 
 Form = Literal["log_ratio", "consistency", "matching"]
 FORMS: tuple[str, ...] = get_args(Form)
@@ -224,9 +224,7 @@ def diffusion_hierarchy(
     """
     log_snr = as_float64(log_snrs if isinstance(log_snrs, Tensor) else torch.tensor(list(log_snrs)).double())
     if log_snr.ndim != 1 or not len(log_snr) or not bool(log_snr.isfinite().all() and (log_snr.diff() < 0).all()):
-        raise ValueError(
-            f"`log_snrs` must be finite and decrease, from the cleanest latent on, got {log_snr.tolist()}."
-        )
+        raise ValueError(f"`log_snrs` must be finite and decrease, from the cleanest latent on, got {shown(log_snr)}.")
     if variance not in ("posterior", "forward"):
         raise ValueError(f"`variance` must be 'posterior' or 'forward', got {variance!r}.")
     if path == "ve":

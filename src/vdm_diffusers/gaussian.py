@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .numerics import as_float64, expand_to, linear_combination, minus_log1p, on_host
+from .numerics import as_float64, expand_to, linear_combination, minus_log1p, on_host, shown
 
 Path = Literal["vp", "ve", "flow"]
 
@@ -154,7 +154,7 @@ def _ordered(log_snr_s: Tensor | float, log_snr_t: Tensor | float) -> tuple[Tens
         if not bool((log_snr_s >= log_snr_t).all()):
             raise ValueError(
                 "s must come before t, that is log_snr_s >= log_snr_t, got "
-                f"log_snr_s = {log_snr_s.tolist()} and log_snr_t = {log_snr_t.tolist()}. Are the two swapped?"
+                f"log_snr_s = {shown(log_snr_s)} and log_snr_t = {shown(log_snr_t)}. Are the two swapped?"
             )
         if bool(((log_snr_s == log_snr_t) & log_snr_s.isinf()).any()):
             raise ValueError("log_snr_s and log_snr_t are the same infinity: no transition is defined between them.")

@@ -79,3 +79,10 @@ def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+
+
+def shown(values: Tensor) -> str:
+    """Values for an error message: all of up to eight, the extremes of more."""
+    if values.numel() <= 8:
+        return str(values.tolist())
+    return f"{values.numel()} values from {float(values.min())} to {float(values.max())}"

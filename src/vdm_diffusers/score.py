@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .gaussian import Path, alpha_sigma, posterior
-from .numerics import as_float64, linear_combination, noise_like
+from .numerics import as_float64, linear_combination, noise_like, shown
 from .prediction import convert
 
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
@@ -139,7 +139,7 @@ def predictor_corrector(
         raise ValueError(f"`corrector_steps` must not be negative, got {corrector_steps}.")
     if log_snrs.ndim != 1 or len(log_snrs) < 2 or not bool((log_snrs[1:] > log_snrs[:-1]).all()):
         raise ValueError(
-            f"`log_snrs` must be at least two numbers that increase, from noisy to clean, got {log_snrs.tolist()}."
+            f"`log_snrs` must be at least two numbers that increase, from noisy to clean, got {shown(log_snrs)}."
         )
     for log_snr_t, log_snr_s in pairwise(log_snrs):
         x_hat = tweedie_mean(z_t, score(z_t, log_snr_t), log_snr_t, path=path)
@@ -156,6 +156,6 @@ def predictor_corrector(
 def _covariance_coefficients(z_t: Tensor, log_snr: Tensor | float, path: Path) -> tuple[Tensor, Tensor, Tensor]:
     log_snr = as_float64(log_snr)
     if log_snr.ndim or log_snr == -torch.inf:
-        raise ValueError(f"`log_snr` must be one number above -inf for all of the batch, got {log_snr.tolist()}.")
+        raise ValueError(f"`log_snr` must be one number above -inf for all of the batch, got {shown(log_snr)}.")
     alpha, sigma = alpha_sigma(log_snr, path)
     return log_snr, ((sigma / alpha) ** 2).to(z_t), (sigma**2).to(z_t)

@@ -29,7 +29,7 @@ from ..noise_schedules import (
     make_betas,
     timestep_from_log_snr,
 )
-from ..numerics import as_float64, compute_dtype, expand_to, linear_combination, on_host
+from ..numerics import as_float64, compute_dtype, expand_to, linear_combination, on_host, shown
 from ..prediction import PredictionType, check_prediction_type, conversion_coefficients, convert
 from ..reverse_variance import OptimalVariance, optimal_grid, shortest_path, step_costs
 from .grids import SPACINGS, even_entries, fractional_times, integer_timesteps
@@ -340,7 +340,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         slack = 1e-6 * (1 + log_snr.abs())  # for end points that went through float32
         if on_host(log_snr) and not bool((clean | ((log_snr <= high + slack) & (log_snr >= low - slack))).all()):
             raise ValueError(
-                f"`log_snr` must lie in [{low}, {high}], the range of the schedule, got {log_snr.tolist()}."
+                f"`log_snr` must lie in [{low}, {high}], the range of the schedule, got {shown(log_snr)}."
             )
         log_snr = log_snr.clamp(low, high)
         if table is None:
@@ -516,7 +516,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"`timesteps` must be a list of at least one timestep, got shape {tuple(grid.shape)}.")
         if not (grid.diff() < 0).all():
             raise ValueError(
-                f"`timesteps` must be in descending order without repetition (log_snrs ascending), got {grid.tolist()}."
+                f"`timesteps` must be in descending order without repetition (log_snrs ascending), got {shown(grid)}."
             )
         self._check_timesteps(grid)
         if grid[-1] <= self._terminal_timestep:
@@ -871,7 +871,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         self.log_snr(timestep)  # names the range if that is what is wrong
         if self.num_inference_steps is not None or bool((timestep <= self._terminal_timestep).any()):
             raise ValueError(
-                f"timestep {timestep.flatten().tolist()} is not one of the {len(self._values)} of `set_timesteps`: pass one of "
+                f"timestep {shown(timestep.flatten())} is not one of the {len(self._values)} of `set_timesteps`: pass one of "
                 "`scheduler.timesteps`, or choose your own with `set_timesteps(timesteps=...)`."
             )
 
