@@ -63,6 +63,29 @@ def test_everything_is_written_and_the_last_line_is_the_figure(checkpoint, tmp_p
         assert (tmp_path / name).stat().st_size > 500
 
 
+def test_the_bound_of_chains_is_that_of_ancestral_sampling(checkpoint, tmp_path, capsys):
+    """A sampler with more noise than ancestral sampling has the same network, and its chain's bound is the ancestral one."""
+    pipeline = VDMPipeline.from_pretrained(checkpoint)
+    noisier = VDMScheduler.from_config(pipeline.scheduler.config, stochasticity=1.5)
+    VDMPipeline(pipeline.unet, noisier, num_levels=17).save_pretrained(tmp_path / "noisier")
+    curves, options = (
+        [],
+        ["--max_images", "12", "--num_samples", "4", "--num_sample_images", "0", "--baseline", "false"],
+    )
+    for folder in (checkpoint, tmp_path / "noisier"):
+        argv = ["--checkpoint", str(folder), "--output_dir", str(tmp_path / f"of-{folder.name}"), *options]
+        assert evaluate.main([*argv, "--steps_curve", "40, 5"]) == 0
+        shown = capsys.readouterr().out
+        assert ("samples are drawn with stochasticity 1.5" in shown) == (folder.name == "noisier")
+        result = json.loads((tmp_path / f"of-{folder.name}" / "evaluation.json").read_text())
+        curves.append(result["steps_curve"])
+        assert (tmp_path / f"of-{folder.name}" / "steps.png").stat().st_size > 500
+    assert curves[0] == curves[1] and [row["num_steps"] for row in curves[0]] == [5, 40]
+    argv = ["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "refused"), *options]
+    assert evaluate.main([*argv, "--steps_curve", "10;25"]) == 2
+    assert "--steps_curve takes numbers of steps" in capsys.readouterr().err and not (tmp_path / "refused").exists()
+
+
 def test_a_damaged_or_absent_checkpoint_is_refused(checkpoint, tmp_path, capsys):
     empty = tmp_path / "run"
     (empty / "checkpoint-5").mkdir(parents=True)

@@ -176,8 +176,15 @@ def evaluate(
         return evaluate_latent(args, data, pipeline, images)
     print(f"evaluating {args.checkpoint} on {images.name}")
 
+    lengths = chain_lengths(args)
+    chain = ancestral(pipeline)
+    if chain is not pipeline and (lengths or args.method in ("discrete", "importance_weighted")):
+        print(
+            "bounds of a chain are those of ancestral sampling (stochasticity 1); samples are drawn with stochasticity "
+            f"{pipeline.scheduler.config.stochasticity}"
+        )
     result = bits_per_dim(
-        pipeline,
+        chain,
         images,
         seed=args.seed,
         num_samples=args.num_samples,
@@ -211,8 +218,8 @@ def evaluate(
         )
 
     output_dir = results_folder(args)
-    if args.steps_curve:
-        result["steps_curve"] = steps_curve(pipeline, images, args)
+    if lengths:
+        result["steps_curve"] = steps_curve(chain, images, args, lengths)
         plot_steps(output_dir / "steps.png", result["steps_curve"])
     write_per_image(output_dir / "per_image.parquet", result, images)
     extreme_images(output_dir / "most_and_least_likely.png", result, images, pipeline.config.num_levels)
@@ -356,10 +363,39 @@ def likelihood_options(args: EvaluateArguments) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def steps_curve(pipeline: VDMPipeline, images: ImageSet, args: EvaluateArguments) -> list[dict[str, Any]]:
+def chain_lengths(args: EvaluateArguments) -> list[int]:
+    """The numbers of --steps_curve, ascending.
+
+    Raises:
+        ValueError: for what is not a positive integer.
+    """
+    numbers = [number.strip() for number in (args.steps_curve or "").split(",") if number.strip()]
+    if not all(number.isdecimal() and int(number) > 0 for number in numbers):
+        raise ValueError(
+            f"--steps_curve takes numbers of steps with commas between them, e.g. 10,25,100; got {args.steps_curve!r}."
+        )
+    return sorted(int(number) for number in numbers)
+
+
+def ancestral(pipeline: VDMPipeline) -> VDMPipeline:
+    """The same network with the chain of ancestral sampling, whose bound is meant where the sampler adds more or less noise.
+
+    A deterministic sampler has no finite bound and is left as it is: evaluate_likelihood refuses it.
+    """
+    config = pipeline.scheduler.config
+    if config.stochasticity in (0, 1):
+        return pipeline
+    scheduler = VDMScheduler.from_config(config, stochasticity=1.0)
+    levels = {name: pipeline.config[name] for name in ("num_levels", "pixel_encoding")}
+    return VDMPipeline(pipeline.unet, scheduler, **levels)
+
+
+def steps_curve(
+    pipeline: VDMPipeline, images: ImageSet, args: EvaluateArguments, lengths: list[int]
+) -> list[dict[str, Any]]:
     """Bits/dim of chains of several lengths, each step evaluated once or twice for every image."""
     rows = []
-    for steps in sorted(int(number) for number in (args.steps_curve or "").split(",")):
+    for steps in lengths:
         options = {
             name: value for name, value in likelihood_options(args).items() if name in ("grid", "variance_type")
         }

@@ -41,10 +41,13 @@ def plot_terms(path: Path, result: dict[str, Any], num_dims: int) -> None:
     axes, save = _figure(path)
     to_bits = 1 / (num_dims * math.log(2))
     names = [name for name in ("nats", *TERMS) if name in result["per_image"]]
-    axes.boxplot([np.asarray(result["per_image"][name]) * to_bits for name in names], showfliers=False)
+    values = [np.asarray(result["per_image"][name]) * to_bits for name in names]
+    axes.boxplot(values, showfliers=False)
     axes.set_xticks(range(1, len(names) + 1), ["sum" if name == "nats" else name for name in names])
     axes.set_ylabel("bits/dim")
     axes.set_yscale("symlog", linthresh=0.1)
+    if min(column.min() for column in values) >= 0:
+        axes.set_ylim(bottom=0)
     save()
 
 
@@ -56,6 +59,8 @@ def plot_steps(path: Path, rows: list[dict[str, float]]) -> None:
         steps, [row["bits_per_dim"] for row in rows], [row["standard_error"] for row in rows], marker="o", capsize=3
     )
     axes.set_xscale("log")
+    axes.set_xticks(steps, [str(number) for number in steps])
+    axes.minorticks_off()
     axes.set_xlabel("steps of the chain")
     axes.set_ylabel("bits/dim")
     save()
@@ -66,10 +71,11 @@ def plot_weights(path: Path, profile: list[dict[str, float]]) -> None:
     axes, save = _figure(path)
     log_snr = np.array([point["log_snr"] for point in profile])
     mse = np.array([point["mse"] for point in profile])
-    axes.plot(log_snr, mse, label="E|eps - eps_hat|² / D: the bound's weight")
-    axes.plot(log_snr, mse * np.exp(-log_snr), label="E|x - x_hat|² / D: without the weight SNR", linestyle="--")
+    axes.plot(log_snr, mse, label=r"with the bound's weight, SNR: E$|\epsilon - \hat\epsilon|^2$ / D")
+    axes.plot(log_snr, mse * np.exp(-log_snr), "--", label=r"without it: E$|x - \hat x|^2$ / D")
     axes.set_yscale("log")
     axes.set_xlabel("log SNR")
+    axes.set_ylabel("mean squared error")
     axes.legend()
     save()
 
