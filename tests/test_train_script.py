@@ -476,6 +476,37 @@ def test_arguments_that_change_on_the_way_are_named(run, tmp_path, capsys):
     assert "checkpointing_steps" not in said
 
 
+def test_trackio_gets_the_figures_and_the_pictures_and_a_resumed_run_goes_on(recipe, tmp_path):
+    pytest.importorskip("trackio")
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HOME": str(tmp_path / "hf")}
+    options = {
+        "logger": "trackio",
+        "logging_steps": 1,
+        "sample_steps": 2,
+        "num_inference_steps": 2,
+        "checkpointing_steps": 2,
+    }
+    for steps in (2, 4):
+        more = (
+            {"max_train_steps": steps, "resume_from_checkpoint": "latest"}
+            if steps == 4
+            else {"max_train_steps": steps}
+        )
+        argv = command(recipe, tmp_path / "run", **options, **more)
+        done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    read = "from trackio.sqlite_storage import SQLiteStorage as S; import json; print(json.dumps([S.get_runs('vdm'), S.get_logs('vdm', 'run')]))"
+    shown = subprocess.run([sys.executable, "-c", read], env=environment, capture_output=True, text=True, check=True)
+    runs, logs = json.loads(shown.stdout.splitlines()[-1])
+    assert runs == ["run"]
+    want = metrics(tmp_path / "run")
+    assert {entry["step"]: entry["loss"] for entry in logs if "loss" in entry} == pytest.approx(want) and len(
+        want
+    ) == 4
+    pictures = [value for entry in logs for value in entry.values() if isinstance(value, dict)]
+    assert pictures and {picture["_type"] for picture in pictures} == {"trackio.image"}
+
+
 @pytest.mark.filterwarnings("ignore:`log_with=wandb`")
 @pytest.mark.parametrize(
     ("options", "complaint"),

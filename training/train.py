@@ -387,7 +387,11 @@ class Log:
                     f"--logger {args.run.logger} needs its package: pip install {args.run.logger}, or --logger none."
                 )
             options = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in args.flat().items()}
-            accelerator.init_trackers("vdm", config=options)
+            of_tracker = {  # a resumed run goes on in Trackio's; W&B's carry the folder's name
+                "trackio": {"name": output_dir.name, "resume": "allow" if step else "never"},
+                "wandb": {"name": output_dir.name},
+            }
+            accelerator.init_trackers("vdm", config=options, init_kwargs=of_tracker)
         if accelerator.is_main_process:  # entries after the checkpoint will be written again
             lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
             kept = [line for line in lines if _whole_entry(line) and json.loads(line)["step"] <= step]
@@ -407,6 +411,10 @@ class Log:
         for tracker in self.accelerator.trackers if self.tracking else []:
             if tracker.name == "tensorboard":
                 tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
+            elif tracker.name == "trackio":  # Accelerate's wrapper has no method for pictures
+                import trackio
+
+                tracker.log({name: trackio.Image(pixels)}, step=step)
             else:
                 tracker.log_images({name: [pixels]}, step=step)
 
