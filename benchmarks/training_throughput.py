@@ -46,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 from config import parse_arguments
 from data import load_splits
 from ema import EMA
+from networks import compile_network
 from train import Batches, DataOrder, Training
 
 CHANGES = ("input", "fused", "ema", "no_item", "channels_last", "compile")
@@ -113,7 +114,7 @@ class Loop:
             )  # fmt: skip
             self.average.to(accelerator.device)
         if "compile" in changes:
-            network.compile()
+            compile_network(network, accelerator.device, SIZE**2)
         elif accelerator.device.type == "cpu":
             network.forward = INSIDE.wrapped(network.forward)
         optimizer = torch.optim.AdamW(

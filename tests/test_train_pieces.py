@@ -19,8 +19,11 @@ from checkpoints import (
     verify,
 )
 from config import DiffusionArguments
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
 from diffusion import DiffusionTask, Rows, make_scheduler, trains_in_discrete_time
 from ema import EMA, ema_decay
+from networks import compile_network
 from plots import image_grid, plot_loss_by_log_snr
 from randomness import DataOrder, row_noise, seed_for
 from train import SetupError, check_launch, idle_cores, num_train_steps
@@ -333,3 +336,21 @@ def test_the_curve_is_drawn(tmp_path):
     points = [{"log_snr": x, "bits_per_dim_per_log_snr": 0.1, "standard_error": 0.01} for x in (1.0, 0.0)]
     plot_loss_by_log_snr(points, tmp_path / "curve.png", title="title", label="test")
     assert (tmp_path / "curve.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(("num_pixels", "is_plain"), [(8 * 8, True), (64 * 64, False)])
+def test_a_network_compiled_for_a_cpu_is_the_same_function_and_saves_the_same_config(num_pixels, is_plain):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("AttnDownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (16,)}
+    network = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, norm_num_groups=4, layers_per_block=1, **blocks
+    )
+    x, t, config = torch.randn(3, 1, 8, 8), torch.tensor([1, 500, 999]), dict(network.config)
+    want = network(x, t).sample
+    compile_network(network, CPU, num_pixels)
+    processors = {type(m.processor).__name__ for m in network.modules() if isinstance(m, Attention)}
+    assert processors == {"AttnProcessor" if is_plain else "AttnProcessor2_0"}
+    assert dict(network.config) == config and network._compiled_call_impl is not None
+    assert torch.allclose(
+        network.forward(x, t).sample, want, atol=1e-5
+    )  # uncompiled: the compiler is PyTorch's matter

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from config import Arguments
 from data import DataError, ImageSet
 from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
 
 from vdm_diffusers import VDMUNet2DModel
 from vdm_diffusers.models.fourier import FourierFeaturesUNet
@@ -50,6 +53,19 @@ def no_class_label(network: ModelMixin, images: ImageSet) -> int | None:
     """The label that means "no class" while training: the network's own, or its last one if no image has it; else None."""
     own, classes = null_label(network), num_classes(network)
     return own if own is not None or classes is None or classes <= (images.num_classes or 0) else classes - 1
+
+
+def compile_network(network: nn.Module, device: torch.device, num_pixels: int) -> None:
+    """torch.compile, in place.
+
+    On a CPU PyTorch's fused attention takes longer than what the compiler makes of matrix products and a softmax (in bf16; in float32
+    as long). These keep the matrix of N x N weights for N pixels, so small images alone get them. The weights and the function are the same.
+    """
+    if device.type == "cpu" and num_pixels <= 32 * 32:
+        for module in network.modules():
+            if isinstance(module, Attention) and isinstance(module.processor, AttnProcessor2_0):
+                module.set_processor(AttnProcessor())
+    network.compile()
 
 
 def _out_channels(args: Arguments, channels: int) -> int:

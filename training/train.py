@@ -76,7 +76,7 @@ from latent_models import (
     make_latent_model,
     make_stages,
 )
-from networks import make_network, no_class_label
+from networks import compile_network, make_network, no_class_label
 from optimizers import clip_gradients, make_optimizer
 from plots import image_grid
 from randomness import DataOrder, seed_dropout
@@ -512,7 +512,7 @@ class Training:
                 shard(self.ema.model, self.sharding, device)
                 self.ema.follow(self.network)
         elif optimization.compile:
-            self.network.compile()
+            compile_network(self.network, device, self.train_images.images[0, 0].numel())
         try:
             optimizer = make_optimizer(
                 optimization.optimizer,
