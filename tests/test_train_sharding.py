@@ -433,6 +433,15 @@ def test_deepspeed_with_accumulation_clipping_and_a_learned_schedule(recipe, tmp
 
 @needs_deepspeed
 @pytest.mark.slow
+def test_deepspeed_with_times_from_losses_of_both_processes(recipe, tmp_path):
+    options = {"time_sampling": "adaptive", "max_train_steps": 4}
+    launch(recipe, tmp_path / "run", ZERO, **options)
+    launch(recipe, tmp_path / "replicated", **options)
+    assert_same_run(tmp_path / "run", tmp_path / "replicated")
+
+
+@needs_deepspeed
+@pytest.mark.slow
 def test_deepspeed_in_bf16(recipe, tmp_path):
     options = {"mixed_precision": "bf16", "max_train_steps": 3, "lr_warmup_steps": 0, "checkpointing_steps": 1}
     launch(recipe, tmp_path / "run", ZERO, **options)
