@@ -279,6 +279,30 @@ def extrapolated_table(machine: Machine) -> str:
     )
 
 
+def recipes_table(machine: Machine) -> str:
+    """What the CIFAR-10 recipes cost, each on the GPUs that its batch is written for, by the same assumptions."""
+    rows = []
+    for name, num_gpus in (("cifar10-vdm-small", 1), ("cifar10-ddpm", 1), ("cifar10-vdm-paper", 8)):
+        recipe = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+        make = vdm(recipe["hidden_channels"], recipe["layers_per_block"], 32, recipe.get("add_attention", True))
+        counted, images = cost(make, 32, 3), recipe["train_batch_size"]
+        estimate = extrapolate(counted, machine, num_gpus=num_gpus, images_per_gpu=images, divided=False)
+        hours = recipe["max_train_steps"] * estimate.seconds / 3600
+        rows.append(
+            [
+                f"`{name}.yaml`",
+                f"{counted.weights / 1e6:.0f}M",
+                f"{num_gpus}",
+                f"{counted.flops / 1e9:.0f}",
+                f"{1e3 * estimate.seconds:.0f}",
+                f"{hours:.1f} hours",
+                f"{(estimate.state_bytes + estimate.activation_bytes) / 1e9:.0f}",
+            ]
+        )
+    header = ["recipe", "weights", "GPUs", "GFLOP an image", "ms a step", "all steps", "GB of a GPU"]
+    return f"The CIFAR-10 recipes by the same assumptions, DDP:\n\n{table(header, rows)}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bf16", action="store_true", help="measure under bf16 autocast")
@@ -288,7 +312,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     text = (
         f"## Measured\n\n{measured_tables(device, options.bf16)}\n\n## Extrapolated\n\n"
-        f"{extrapolated_table(Machine(share=options.share))}"
+        f"{extrapolated_table(Machine(share=options.share))}\n\n{recipes_table(Machine(share=options.share))}"
     )
     print(text)
     if options.write is not None:
