@@ -30,7 +30,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -84,7 +83,7 @@ def to_tensor(image: PIL.Image.Image) -> Tensor:
     """RandomHorizontalFlip, ToTensor, Normalize([0.5], [0.5]) of torchvision, which is no dependency; its operations in its order."""
     image = image.convert("RGB")
     if torch.rand(1) < 0.5:
-        image = PIL.ImageOps.mirror(image)
+        image = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
     pixels = torch.from_numpy(np.array(image, np.uint8, copy=True)).view(image.size[1], image.size[0], 3)
     return pixels.permute((2, 0, 1)).contiguous().to(torch.float32).div(255).sub_(0.5).div_(0.5)
 

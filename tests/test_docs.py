@@ -109,7 +109,7 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, record_property):
     monkeypatch.chdir(tmp_path)  # what a block writes is not left in the repository
     published = VDMPipeline(small_unet(), VDMScheduler(beta_schedule="log_snr_linear"), num_levels=17)
     published.save_pretrained(tmp_path / "model_cards" / "digits-elbo")
-    names, skipped = page_names(page, tmp_path), []
+    names, skipped, ran = page_names(page, tmp_path), [], 0
     for line, why, code in blocks(page):
         if why:
             skipped.append(f"{page.name}:{line} ({why})")
@@ -121,6 +121,8 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, record_property):
             names["pipe"] = quick(VDMPipeline(small_unet(**classes), names["scheduler"], num_levels=17))
         # the line numbers of the page, should it fail
         exec(compile("\n" * line + code, str(page), "exec"), names)
+        ran += 1
+    assert ran > 0 and ran + len(skipped) == len(blocks(page))  # what a block raises has failed the test already
     record_property("blocks not run", skipped)
     if skipped:
         warnings.warn(f"not run: {'; '.join(skipped)}", stacklevel=1)

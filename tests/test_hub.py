@@ -305,7 +305,8 @@ def test_the_model_index_holds_the_figure_and_all_that_belongs_to_it(folder):
     }  # fmt: skip
     assert {name: result.metric_args[name] for name in expected} == expected
     assert {"versions", "machine", "date"} <= result.metric_args.keys()
-    assert card.data.license == "apache-2.0" and card.data.library_name == "diffusers"
+    data = card.data.to_dict()
+    assert data["license"] == "apache-2.0" and data["library_name"] == "diffusers"
     assert "≤ 1.6235 ± 0.0089" in card.text and "0.0100 + 1.6000 + 0.0135" in card.text
     for heading in ("## Likelihood", "## Usage", "## Training", "## Limitations"):
         assert heading in card.text
@@ -400,7 +401,7 @@ def test_classes_are_in_the_code_of_the_card(tmp_path):
 def test_a_card_of_ones_own_is_kept_and_a_missing_one_is_made(hub, client, folder):
     client("publish_folder(sys.argv[1], 'someone/short-card')", folder)
     made = ModelCard(hub.files("someone/short-card")["README.md"].decode())
-    assert made.data.library_name == "diffusers" and not made.data.eval_results
+    assert made.data.to_dict()["library_name"] == "diffusers" and not made.data.eval_results
     own = "---\nlicense: mit\n---\n# Mine\n"
     hub.put("someone/short-card", {"README.md": own})
     client("publish_folder(sys.argv[1], 'someone/short-card')", folder)

@@ -116,7 +116,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.buffers: list[Tensor] | None = None
         matrices = [parameter for stack in self.stacks for parameter in stack]
         super().__init__([{"params": matrices, "lr": lr, "weight_decay": weight_decay}], {})
-        self.adamw = _adamw(rest, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=fused)
+        self.adamw = _adamw(fused)(rest, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
         self.param_groups += self.adamw.param_groups
 
     @torch.no_grad()
@@ -194,20 +194,11 @@ def make_optimizer(
     if name == "muon":
         return MuonWithAdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=fused)
     weights = [parameter for _, parameter in parameters]
-    return _adamw(weights, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps, fused=fused)
+    return _adamw(fused)(weights, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
 
 
-def _adamw(
-    weights: list[nn.Parameter],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    eps: float,
-    fused: bool,
-) -> torch.optim.AdamW:
-    kind = FusedAdamW if fused else torch.optim.AdamW
-    return kind(weights, lr=lr, betas=betas, weight_decay=weight_decay, eps=eps)
+def _adamw(fused: bool) -> type[torch.optim.AdamW]:
+    return FusedAdamW if fused else torch.optim.AdamW
 
 
 @torch.no_grad()
