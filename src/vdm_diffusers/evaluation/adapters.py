@@ -1,0 +1,161 @@
+"""Pipelines, networks and arguments of Diffusers' users, as the estimators of `vdm_diffusers.likelihood` take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from vdm_diffusers.decoders import PIXEL_ENCODINGS, PixelEncoding
+from vdm_diffusers.evaluation.images import check_size, load_images, load_labels
+from vdm_diffusers.likelihood import DenoisingModel
+
+_BATCH_ELEMENTS = 1 << 18  # of the default batch size: keeps the CPU's caches and a small GPU's memory in view
+
+
+def prepare(
+    network: Callable[..., Any],
+    scheduler: Any,
+    images: Any,
+    class_labels: Any,
+    num_levels: int | None,
+    pixel_encoding: PixelEncoding,
+    model_kwargs: dict[str, Any] | None,
+    batch_size: int | None,
+    learned: Literal["learned", "learned_range"] | None,
+    clip_denoised: bool,
+) -> tuple[Tensor, DenoisingModel, torch.device, int]:
+    """The images as integers, the network as the core calls it, its device, and how many evaluations to do at a time."""
+    check_kwargs(model_kwargs)
+    levels, labels = load_images(images, class_labels, num_levels)
+    check_size(network, levels)
+    labels = load_labels(network, labels, len(levels))
+    device, dtype = device_and_dtype(network)
+    if batch_size is None:
+        batch_size = max(1, min(512, _BATCH_ELEMENTS // levels[0].numel()))
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+    denoiser = DenoisingModel(
+        predict=Predictor(network, scheduler, device, dtype, labels, model_kwargs or {}, len(levels)),
+        prediction_type=scheduler.config.prediction_type,
+        num_levels=num_levels,
+        pixel_encoding=pixel_encoding,
+        learned_variance=learned,
+        clip_denoised=clip_denoised,
+    )
+    return levels, denoiser, device, batch_size
+
+
+def unpack(
+    model: Any, scheduler: Any, num_levels: int | str | None, pixel_encoding: str
+) -> tuple[Callable[..., Any], Any, int | None, PixelEncoding]:
+    """Network, scheduler, levels and encoding of a pipeline or of a model with its scheduler."""
+    components = getattr(model, "components", None)
+    own: dict[str, Any] = {"num_levels": 256, "pixel_encoding": "bin_center"}
+    if isinstance(components, dict):
+        latent = [name for name in ("vae", "vqvae", "movq", "prior_prior") if components.get(name) is not None]
+        if latent:
+            raise ValueError(
+                f"`model` is a {type(model).__name__} with `{latent[0]}`, a model of latents. The likelihood of pixels under it would need "
+                "the autoencoder's own likelihood: a pixel decoder on latents gives a number that means nothing."
+            )
+        if components.get("unet") is None:
+            raise ValueError(
+                f"`model`, a {type(model).__name__}, has no `unet`. Pass the network itself, with `scheduler`."
+            )
+        scheduler = components.get("scheduler") if scheduler is None else scheduler
+        if "num_levels" in model.config and "pixel_encoding" in model.config:
+            own = {"num_levels": model.config.num_levels, "pixel_encoding": model.config.pixel_encoding}
+            if num_levels not in ("auto", own["num_levels"]):
+                raise ValueError(
+                    f"`num_levels` must be the pipeline's own, {own['num_levels']}, got {num_levels}: its decoder has as many. "
+                    "Leave it out."
+                )
+        else:
+            own["pixel_encoding"] = "endpoint"
+        model = components["unet"]
+    if scheduler is None:
+        raise ValueError("`scheduler` is needed with a model that is no pipeline: what the model was trained with.")
+    if not callable(model):
+        raise ValueError(f"`model` must be a pipeline or a callable (sample, timestep), got {type(model).__name__}.")
+    levels = own["num_levels"] if num_levels == "auto" else num_levels
+    encoding = own["pixel_encoding"] if pixel_encoding == "auto" else pixel_encoding
+    if levels is not None and (not isinstance(levels, int) or isinstance(levels, bool) or levels < 2):
+        raise ValueError(
+            f"`num_levels` must be a whole number of at least 2 (None for continuous data), got {levels!r}."
+        )
+    if encoding not in PIXEL_ENCODINGS:
+        raise ValueError(f"`pixel_encoding` must be one of {', '.join(PIXEL_ENCODINGS)}, got {encoding!r}.")
+    return model, scheduler, levels, cast(PixelEncoding, encoding)
+
+
+class Predictor:
+    """The network as the estimators call it: (z_t, log_snr, index of the images) -> output."""
+
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        scheduler: Any,
+        device: torch.device,
+        dtype: torch.dtype,
+        labels: Tensor | None,
+        model_kwargs: dict[str, Any],
+        num_images: int,
+    ):
+        self.network, self.scheduler, self.device, self.dtype = network, scheduler, device, dtype
+        self.per_image = {} if labels is None else {"class_labels": labels.to(device)}
+        self.shared: dict[str, Any] = {}
+        for name, value in model_kwargs.items():
+            if isinstance(value, Tensor) and value.ndim and len(value) in (1, num_images):
+                self.per_image[name] = value.to(device).expand(num_images, *value.shape[1:])
+            else:
+                self.shared[name] = value
+
+    def __call__(self, z_t: Tensor, log_snr: Tensor, index: Tensor) -> Tensor:
+        timestep = self.scheduler.timestep_from_log_snr(log_snr)
+        whole = timestep.round()
+        # a table's own entries, through log SNR and back, are whole numbers but for rounding
+        timestep = torch.where((timestep - whole).abs() < 1e-6, whole, timestep)
+        timestep = timestep.long() if bool((timestep == whole).all()) else timestep.to(torch.float32)
+        arguments = {name: value[index.to(self.device)] for name, value in self.per_image.items()}
+        output = self.network(z_t.to(self.dtype), timestep.to(self.device), **arguments, **self.shared)
+        if isinstance(output, tuple):
+            output = output[0]
+        return output if isinstance(output, Tensor) else output.sample
+
+
+def device_and_dtype(network: Callable[..., Any]) -> tuple[torch.device, torch.dtype]:
+    """Where the model takes its sample, and in what dtype."""
+    parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+    if parameter is None:
+        return torch.device("cpu"), torch.float32
+    dtype = getattr(
+        network, "dtype", parameter.dtype
+    )  # Diffusers' models know theirs when weights are stored in another
+    if getattr(network, "takes_float32_sample", False):
+        dtype = torch.promote_types(dtype, torch.float32)
+    return parameter.device, dtype
+
+
+@contextmanager
+def eval_mode(network: Callable[..., Any]) -> Iterator[None]:
+    modes = {m: m.training for m in network.modules()} if isinstance(network, nn.Module) else {}
+    for module in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def check_kwargs(model_kwargs: dict[str, Any] | None) -> None:
+    guidance = [name for name in model_kwargs or {} if "guidance" in name]
+    if guidance:
+        raise ValueError(
+            f"`model_kwargs` holds {guidance[0]!r}. Guidance changes the samples, not the likelihood that the model was trained for: "
+            "the guided network's bound is of another, unnormalised model."
+        )
