@@ -24,6 +24,7 @@ CORE = [
     "numerics",
     "noise_schedules",
     "gaussian",
+    "timelines",
     "prediction",
     "score",
     "time_sampling",

@@ -6,13 +6,15 @@ in float32 and rounded once at the end.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def as_float64(value: Tensor | float) -> Tensor:
-    """`value` as a float64 tensor on its own device; float32 where the device has no float64 (Apple's MPS)."""
-    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+def as_float64(value: Tensor | Sequence[float] | float) -> Tensor:
+    """`value` as a float64 tensor on its own device, or the CPU for numbers; float32 where the device has no float64 (MPS)."""
+    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
