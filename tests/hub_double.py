@@ -6,9 +6,10 @@
         done = hub.client(tmp_path / "home", "import huggingface_hub as h; h.snapshot_download('someone/model')")
         hub.commits("someone/model"), hub.files("someone/model"), hub.requests("GET .*/resolve/")
 
-It listens on two ports, as the Hub does on two hosts: `hub.url`, which wants tokens, and a content server for large files
-(`hub.cdn`: signed addresses, and like S3 it refuses a request that also carries a token, so a leaked token fails loudly).
-Large files travel by LFS; clients run with HF_HUB_DISABLE_XET=1. huggingface_hub reads its environment when imported, so
+It listens on three ports, as the Hub does on three hosts: `hub.url`, which wants tokens; a content server for large files
+(`hub.cdn`: signed addresses, and like S3 it refuses a request that also carries a token, so a leaked token fails loudly); and the
+server of Xet storage (`hub.cas`, with tokens of its own). Large files travel by LFS for clients with HF_HUB_DISABLE_XET=1, by Xet
+for the others: `hub.env(xet=True)`. huggingface_hub reads its environment when imported, so
 each client runs in an interpreter of its own, with a cache of its own (`hub.env`, `hub.client`). By hand:
 
     python tests/hub_double.py --port 0
@@ -43,6 +44,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import yaml
+from xet_double import XetStore, byte_range
 
 LFS_FROM = 10 * 2**20  # bytes: what is larger travels by LFS, whatever its name
 LFS_NAMES = (
@@ -192,7 +194,7 @@ class Call:
     query: Mapping[str, list[str]]
     headers: Mapping[str, str]  # lower-case names
     body: bytes = b""
-    cdn: bool = False
+    host: str = ""  # "", "cdn" or "cas"
     user: User | None = None
     status: int = 0
 
@@ -248,10 +250,12 @@ class HubDouble:
         self.token, self.read_token = self.add_user(user), self.add_user(user, role="read")
         self.lock = threading.RLock()
         self.secret = secrets.token_hex(8)  # stands for the signature in the content server's addresses
-        self.servers = [_Server(("127.0.0.1", p), _Handler) for p in (port, 0)]
-        self.url, self.cdn = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
-        for server in self.servers:
-            server.hub = self
+        self.xet = XetStore()
+        self.xet_tokens: dict[str, str] = {}  # token of the Xet server -> path of the repository
+        self.servers = [_Server(("127.0.0.1", p), _Handler) for p in (port, 0, 0)]
+        self.url, self.cdn, self.cas = (f"http://127.0.0.1:{server.server_port}" for server in self.servers)
+        for server, host in zip(self.servers, ("", "cdn", "cas"), strict=True):
+            server.hub, server.host = self, host
 
     def __enter__(self) -> HubDouble:
         for server in self.servers:
@@ -321,14 +325,14 @@ class HubDouble:
         self.faults.append(Fault(match, **how))
         return self.faults[-1]
 
-    def env(self, home: Path, token: str | None = "") -> dict[str, str]:
+    def env(self, home: Path, token: str | None = "", xet: bool = False) -> dict[str, str]:
         """The environment of a client with the fresh cache `home`; `token` None is nobody, "" the owner."""
         foreign = re.compile(r"HF_|HUGGING|TRANSFORMERS_|DIFFUSERS_|(https?|all|no)_proxy$", re.IGNORECASE)
         ours = {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
             "HF_XET_CACHE": str(Path(home) / "xet"),
-            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_XET": str(int(not xet)),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_UPDATE_CHECK": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -338,12 +342,19 @@ class HubDouble:
         return {name: value for name, value in os.environ.items() if not foreign.match(name)} | ours
 
     def client(
-        self, home: Path, code: str, *args: object, token: str | None = "", timeout: float = 120, **env: str
+        self,
+        home: Path,
+        code: str,
+        *args: object,
+        token: str | None = "",
+        timeout: float = 120,
+        xet: bool = False,
+        **env: str,
     ) -> Any:
         """Run `code` in a fresh interpreter against this Hub; what its last printed line says in JSON, if anything."""
         command = [sys.executable, "-c", code, *map(str, args)]
         done = subprocess.run(
-            command, env=self.env(home, token) | env, capture_output=True, text=True, timeout=timeout
+            command, env=self.env(home, token, xet) | env, capture_output=True, text=True, timeout=timeout
         )
         if done.returncode:
             raise AssertionError(f"the client failed:\n{done.stdout}\n{done.stderr}")
@@ -371,13 +382,15 @@ class HubDouble:
 
     def answer(self, call: Call) -> Reply:
         try:
-            if call.cdn and call.token:
+            if call.host == "cdn" and call.token:
                 raise Refusal(400, "Only one auth mechanism allowed; the request has a signature and a token.")
-            if not call.cdn and call.token and call.user is None:
+            if call.host == "cas" and call.token not in self.xet_tokens:
+                raise Refusal(401, "No token of the Xet server")
+            if not call.host and call.token and call.user is None:
                 raise Refusal(401, "Invalid credentials in Authorization header")
             for method, pattern, handler, access in ROUTES:
                 found = re.fullmatch(pattern, call.path)
-                if found is None or call.cdn is not pattern.startswith("/cdn/"):
+                if found is None or call.host != {"/cdn": "cdn", "/cas": "cas"}.get(pattern[:4], ""):
                     continue
                 if method != call.method and not (method == "GET" and call.method == "HEAD"):
                     continue
@@ -411,6 +424,7 @@ class HubDouble:
 class _Server(ThreadingHTTPServer):
     daemon_threads, block_on_close, request_queue_size = True, False, 64
     hub: HubDouble
+    host: str
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -437,12 +451,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def one_request(self) -> None:
         hub, split = self.server.hub, urlsplit(self.path)
-        fault = hub.take_fault(f"{self.command} {self.path}") or Fault("")
+        at = "/cas" if self.server.host == "cas" else ""
+        fault = hub.take_fault(f"{self.command} {at}{self.path}") or Fault("")
         body = self.read_body(fault.drop_upload_after)
         headers = {name.lower(): value for name, value in self.headers.items()}
         user = hub.users.get(bearer(headers) or "")
-        cdn = self.server is hub.servers[1]
-        call = Call(self.command, split.path, parse_qs(split.query), headers, body, cdn, user)
+        call = Call(self.command, at + split.path, parse_qs(split.query), headers, body, self.server.host, user)
         if fault.delay:
             time.sleep(fault.delay)
         if fault.drop_upload_after is not None:
@@ -551,7 +565,7 @@ def repo_info(repo: Repo, commit: Commit, blobs: bool = False) -> dict[str, Any]
     return identity | dates | access | shown | {"tags": tags, "cardData": card, "siblings": siblings}
 
 
-def listing(repo: Repo, commit: Commit, expand: bool) -> dict[str, dict[str, Any]]:
+def listing(hub: HubDouble, repo: Repo, commit: Commit, expand: bool) -> dict[str, dict[str, Any]]:
     """Every file and folder by path, described."""
     entries: dict[str, dict[str, Any]] = {}
     for path, file in sorted(commit.files.items()):
@@ -561,6 +575,8 @@ def listing(repo: Repo, commit: Commit, expand: bool) -> dict[str, dict[str, Any
             oid = hashlib.sha1("".join([folder, *inside]).encode()).hexdigest()
             entries.setdefault(folder, {"type": "directory", "oid": oid, "size": 0, "path": folder})
         entries[path] = {"type": "file", "oid": file.git_oid, "size": file.size, "path": path, **lfs_info(file, "oid")}
+        if file.lfs:
+            entries[path]["xetHash"] = hub.xet.put(file.content)
     line = list(repo.history(commit)) if expand else []
     for path, entry in entries.items() if expand else ():
         versions = [{p: f.git_oid for p, f in c.files.items() if f"{p}/".startswith(f"{path}/")} for c in line]
@@ -686,7 +702,7 @@ def commits(hub: HubDouble, call: Call, url: SimpleNamespace, repo: Repo) -> Rep
 @page("GET", REPO + "/tree" + REV + f"(?:{PATH})?", "read")
 def tree(hub: HubDouble, call: Call, url: SimpleNamespace, repo: Repo) -> Reply:
     commit, expand = repo.at(url.rev), flag(call, "expand")
-    entries, under = listing(repo, commit, expand), f"{url.path}/" if url.path else ""
+    entries, under = listing(hub, repo, commit, expand), f"{url.path}/" if url.path else ""
     if url.path and entries.get(url.path, {}).get("type") != "directory":
         raise Refusal(404, f"{url.path} does not exist on {url.rev}", "EntryNotFound")
     wanted = [
@@ -700,7 +716,7 @@ def tree(hub: HubDouble, call: Call, url: SimpleNamespace, repo: Repo) -> Reply:
 @page("POST", REPO + "/paths-info" + REV, "read")
 def paths_info(hub: HubDouble, call: Call, url: SimpleNamespace, repo: Repo) -> Reply:
     asked = parse_qs(call.body.decode())
-    entries = listing(repo, repo.at(url.rev), asked.get("expand", ["false"])[0].lower() == "true")
+    entries = listing(hub, repo, repo.at(url.rev), asked.get("expand", ["false"])[0].lower() == "true")
     return Reply([entries[path] for path in asked.get("paths", []) if path in entries])
 
 
@@ -759,6 +775,11 @@ def commit(hub: HubDouble, call: Call, url: SimpleNamespace, repo: Repo) -> Repl
         elif key == "file":
             files[path] = File(base64.b64decode(value["content"], validate=True))
         elif key == "lfsFile":
+            if value["oid"] in hub.xet.hashes:
+                xet = hub.xet.hashes[value["oid"]]
+                repo.lfs[value["oid"]] = b"".join(
+                    chunk for term in hub.xet.files[xet] for chunk in hub.xet.chunks(term)
+                )
             if value["oid"] not in repo.lfs:
                 raise Refusal(400, f"LFS pointer of {path} pointed to a file that does not exist: {value['oid']}")
             files[path] = File(repo.lfs[value["oid"]], lfs=True)
@@ -795,7 +816,7 @@ def lfs_batch(hub: HubDouble, call: Call, url: SimpleNamespace, repo: Repo) -> R
     for wanted in asked["objects"]:
         oid, size = wanted["oid"], wanted["size"]
         objects.append({"oid": oid, "size": size})
-        if oid in repo.lfs:
+        if oid in repo.lfs or "xet" in asked["transfers"]:
             continue
         upload = secrets.token_hex(12)
         hub.uploads[upload] = SimpleNamespace(repo=repo, oid=oid, size=size, parts={})
@@ -807,7 +828,7 @@ def lfs_batch(hub: HubDouble, call: Call, url: SimpleNamespace, repo: Repo) -> R
             header["chunk_size"] = str(hub.part_size)
         verify = {"href": f"{hub.url}/{repo.path}.git/info/lfs/objects/verify", "header": {}}
         objects[-1]["actions"] = {"upload": put | {"header": header}, "verify": verify}
-    return Reply({"transfer": "basic", "objects": objects})
+    return Reply({"transfer": "xet" if "xet" in asked["transfers"] else "basic", "objects": objects})
 
 
 @page("PUT", r"/cdn/upload/(?P<upload>\w+)/(?P<part>\d+)")
@@ -866,7 +887,9 @@ def resolve(hub: HubDouble, call: Call, url: SimpleNamespace, repo: Repo) -> Rep
     # As on the Hub, the metadata of a large file stands on the redirect, and its bytes are elsewhere.
     place = f"{hub.cdn}/cdn/blob/{repo.kind}/{repo.id}/{commit.oid}/{quote(url.path)}?signature={hub.secret}"
     linked = {"X-Linked-Size": str(file.size), "X-Linked-ETag": f'"{file.sha256}"', "ETag": f'"{file.git_oid}"'}
-    return Reply(b"", 302, at | linked | {"Location": place})
+    token = f"{hub.url}/api/{repo.kind}s/{repo.id}/xet-read-token/{commit.oid}"
+    xet = {"X-Xet-Hash": hub.xet.put(file.content), "Link": f'<{token}>; rel="xet-auth"'}
+    return Reply(b"", 302, at | linked | xet | {"Location": place})
 
 
 @page("GET", r"/cdn/blob/(?P<kind>\w+)/(?P<id>[^/]+/[^/]+)" + REV + PATH)
@@ -874,6 +897,52 @@ def blob(hub: HubDouble, call: Call, url: SimpleNamespace) -> Reply:
     signed(hub, call)
     file = hub.repos[url.id if url.kind == "model" else f"{url.kind}s/{url.id}"].commits[url.rev].files[url.path]
     return ranged(call, file, {"ETag": f'"{file.sha256}"'})
+
+
+# Xet: tokens are the Hub's, xorbs and shards go to the Xet server, and the bytes of xorbs come from the content server.
+
+
+@page("GET", REPO + "/xet-(?P<what>read|write)-token" + REV, "read")
+def xet_token(hub: HubDouble, call: Call, url: SimpleNamespace, repo: Repo) -> Reply:
+    if url.what == "write":
+        hub.must_write(call, repo.id, proposes=flag(call, "create_pr") or url.rev.startswith("refs/pr/"))
+    elif repo.gated and not (call.user and call.user.belongs(repo.id)):
+        raise Refusal(403, f"Access to model {repo.id} is restricted.", "GatedRepo")
+    token = f"xet_{url.what}_{secrets.token_hex(12)}"
+    hub.xet_tokens[token] = repo.path
+    answer = {"casUrl": hub.cas, "exp": int(time.time()) + 3600, "accessToken": token}
+    named = {"X-Xet-Cas-Url": hub.cas, "X-Xet-Token-Expiration": str(answer["exp"]), "X-Xet-Access-Token": token}
+    return Reply(answer, headers=named)
+
+
+@page("POST", r"/cas(?:/v1)?/xorbs/default/(?P<xorb>\w{64})")
+def add_xorb(hub: HubDouble, call: Call, url: SimpleNamespace) -> Reply:
+    new = url.xorb not in hub.xet.xorbs
+    hub.xet.xorbs[url.xorb] = call.body
+    return Reply({"was_inserted": new})
+
+
+@page("POST", r"/cas(?:/v1)?/shards")
+def add_shard(hub: HubDouble, call: Call, url: SimpleNamespace) -> Reply:
+    hub.xet.add_shard(call.body)
+    return Reply({"result": 1})
+
+
+@page("GET", r"/cas(?:/v1)?/reconstructions/(?P<file>\w{64})")
+def reconstruct(hub: HubDouble, call: Call, url: SimpleNamespace) -> Reply:
+    if url.file not in hub.xet.files:
+        raise Refusal(404, f"No such file: {url.file}")
+    place = f"{hub.cdn}/cdn/xorb/{{}}?signature={hub.secret}"
+    answer = hub.xet.reconstruction(url.file, place, *byte_range(call.headers.get("range", "")))
+    if answer is None:
+        raise Refusal(416, "Range Not Satisfiable")
+    return Reply(answer)
+
+
+@page("GET", r"/cdn/xorb/(?P<xorb>\w{64})")
+def fetch_xorb(hub: HubDouble, call: Call, url: SimpleNamespace) -> Reply:
+    signed(hub, call)
+    return ranged(call, File(hub.xet.xorbs[url.xorb]), {})
 
 
 def described(repo: Repo, talk: Discussion) -> dict[str, Any]:
@@ -945,7 +1014,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     with HubDouble(port=parser.parse_args().port) as hub:
         print(hub.url, flush=True)
-        print(f"export HF_ENDPOINT={hub.url} HF_TOKEN={hub.token} HF_HUB_DISABLE_XET=1", flush=True)
+        print(f"export HF_ENDPOINT={hub.url} HF_TOKEN={hub.token}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
 

@@ -99,15 +99,23 @@ show(**made)
 """
 
 
+@pytest.fixture(scope="module", params=["Xet", "LFS"])
+def storage(request):
+    """How large files travel: huggingface_hub takes Xet where `hf_xet` is installed and not switched off."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def hub():
+def hub(storage):
     with HubDouble() as hub:
         yield hub
+        asked_of_xet = hub.requests("(GET|POST) /cas/")
+        assert bool(asked_of_xet) == (storage == "Xet")
 
 
 @pytest.fixture(scope="module")
-def client(hub, tmp_path_factory):
-    with WarmClient(hub, tmp_path_factory.mktemp("client")) as client:
+def client(hub, storage, tmp_path_factory):
+    with WarmClient(hub, tmp_path_factory.mktemp("client"), xet=storage == "Xet") as client:
         yield lambda code, *args, **options: client(PRELUDE + code, *args, **options)
 
 
@@ -267,11 +275,11 @@ show(digests=[digest(VDMPipeline.from_pretrained("someone/model")),
 """
 
 
-def test_road_offline(hub, made, tmp_path):
-    home = tmp_path / "home"
-    hub.client(home, "from vdm_diffusers import VDMPipeline\nVDMPipeline.from_pretrained('someone/model')")
+def test_road_offline(hub, made, storage, tmp_path):
+    home, xet = tmp_path / "home", storage == "Xet"
+    hub.client(home, "from vdm_diffusers import VDMPipeline\nVDMPipeline.from_pretrained('someone/model')", xet=xet)
     asked = len(hub.log)
-    shown = hub.client(home, PRELUDE + OFFLINE, HF_HUB_OFFLINE="1")  # read when huggingface_hub is imported
+    shown = hub.client(home, PRELUDE + OFFLINE, xet=xet, HF_HUB_OFFLINE="1")  # read when huggingface_hub is imported
     assert shown["digests"] == [made["model"]["digest"]] * 3
     assert "someone/shards" in shown["missing"]
     assert len(hub.log) == asked

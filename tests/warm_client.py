@@ -55,11 +55,11 @@ for line in sys.stdin:
 class WarmClient:
     """`client(code, *args)` is `HubDouble.client` for one home; `fresh=False` keeps the cache of the call before."""
 
-    def __init__(self, hub: HubDouble, home: Path, **env: str):
+    def __init__(self, hub: HubDouble, home: Path, xet: bool = True, **env: str):
         self.home = Path(home)
         self.calls = 0
         self.home.mkdir(parents=True, exist_ok=True)
-        self.env = hub.env(self.home / "home") | env
+        self.env = hub.env(self.home / "home", xet=xet) | env
         self.log = (self.home / "server.err").open("w")
         self.server = subprocess.Popen(
             [sys.executable, "-c", _SERVER], env=self.env, text=True, stderr=self.log,

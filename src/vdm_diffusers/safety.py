@@ -230,11 +230,24 @@ def _read_json(path: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _check_inside(path: pathlib.Path, folder: pathlib.Path) -> None:
-    real, root = path.resolve(), folder.resolve()
-    # in the Hub's cache a snapshot, of which a component is a folder, is made of links to the blobs beside it
-    snapshots = [at for at in (root, root.parent) if at.parent.name == "snapshots"]
-    if not any(real.is_relative_to(place) for place in (root, *(at.parent.parent / "blobs" for at in snapshots))):
-        raise UnsafeCheckpointError(f"{path} leads out of the checkpoint, to {real}.")
+    """Raise for a link that leads out of `folder`, other than to where huggingface_hub's cache keeps the contents of files."""
+    try:
+        real, root = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:  # links that lead in a circle
+        raise UnsafeCheckpointError(f"{path} is a link that leads nowhere: {error}.") from error
+    if real.is_relative_to(root):
+        return
+    # a snapshot, of which a component is a folder, is made of links to the contents that the cache holds
+    for snapshot in (root, root.parent):
+        repository = snapshot.parent.parent
+        if snapshot.parent.name != "snapshots" or "--" not in repository.name:
+            continue
+        # contents by Xet hash are shared by all repositories of a cache: blobs/ab/ab..., 64 hexadecimal digits
+        name, two = real.name, real.name[:2]
+        shared = re.fullmatch("[0-9a-f]{64}", name) and real.parent == repository.parent / "blobs" / two
+        if shared or real.is_relative_to(repository / "blobs"):
+            return
+    raise UnsafeCheckpointError(f"{path} leads out of the checkpoint, to {real}.")
 
 
 def _components(index: Mapping[str, Any], pipeline: str, passed: Collection[str]) -> dict[str, tuple[str, str]]:
