@@ -55,7 +55,7 @@ for line in sys.stdin:
 class WarmClient:
     """`client(code, *args)` is `HubDouble.client` for one home; `fresh=False` keeps the cache of the call before."""
 
-    def __init__(self, hub: HubDouble, home: Path, xet: bool = True, **env: str):
+    def __init__(self, hub: HubDouble, home: Path, xet: bool = False, **env: str):
         self.home = Path(home)
         self.calls = 0
         self.home.mkdir(parents=True, exist_ok=True)
