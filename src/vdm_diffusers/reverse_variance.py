@@ -236,11 +236,11 @@ def shortest_path(step: Tensor, num_steps: int) -> Tensor:
         raise ValueError(
             f"`num_steps` must lie in 1..{count - 1}, one less than there are candidates, got {num_steps}."
         )
-    cost, previous = step[0], []
+    to, total = step.T.contiguous(), torch.empty_like(step)
+    costs = [step[0]]  # of the cheapest path of 1, 2, ... steps to each candidate
     for _ in range(num_steps - 1):
-        cost, best = (cost[:, None] + step).min(dim=0)
-        previous.append(best)
+        costs.append(torch.add(to, costs[-1], out=total).amin(dim=1))
     path = [count - 1]
-    for best in reversed(previous):
-        path.append(int(best[path[-1]]))
+    for cost in reversed(costs[:-1]):
+        path.append(int((to[path[-1]] + cost).argmin()))
     return torch.tensor([0, *reversed(path)])
