@@ -36,6 +36,7 @@ CORE = [
     "elbo_forms",
     "objectives",
     "reverse_variance",
+    "step_grids",
     "learned_variance",
     "repetitions",
     "likelihood",

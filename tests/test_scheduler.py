@@ -260,7 +260,8 @@ def test_as_discrete_tells_diffusers_the_same_schedule(config):
 def test_every_number_of_steps(spacing, total, offset):
     scheduler = VDMScheduler(num_train_timesteps=total, timestep_spacing=spacing, steps_offset=offset)
     for n in {*range(1, min(total, 70) + 1), *range(1, total + 1, 13), total}:
-        t = scheduler._spaced_timesteps(n, spacing)
+        scheduler.set_timesteps(n)
+        t = scheduler.timesteps
         assert t.dtype == torch.int64 and len(t) == n
         assert 0 <= int(t[-1]) and int(t[0]) <= total - 1 and bool((t.diff() < 0).all())
     with pytest.raises(ValueError, match="exceed"):

@@ -33,6 +33,7 @@ from .numerics import as_float64
 
 LOG_SNR_MAX = 13.3  # VDM's end points: gamma from -13.3 to 5 (the configurations released with Kingma et al. 2021)
 LOG_SNR_MIN = -5.0
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "exp")  # of `make_betas`
 
 
 class NoiseSchedule(ABC):
@@ -255,8 +256,7 @@ def make_betas(name: str, num_steps: int, beta_start: float = 1e-4, beta_end: fl
     elif name == "exp":
         log_alpha_bar = -12 * i / num_steps
     else:
-        names = "linear, scaled_linear, squaredcos_cap_v2, sigmoid, laplace, exp"
-        raise ValueError(f"`name` of a beta table must be one of {names}, got {name!r}.")
+        raise ValueError(f"`name` of a beta table must be one of {', '.join(BETA_SCHEDULES)}, got {name!r}.")
     return (-torch.expm1(log_alpha_bar.diff())).clamp(max=0.999)
 
 
@@ -278,8 +278,16 @@ def log_snr_from_betas(betas: Sequence[float] | Tensor, *, zero_terminal_snr: bo
         needs = "at least two betas, to keep the first and move the last" if zero_terminal_snr else "a list of betas"
         raise ValueError(f"`betas` must be {needs}, got shape {tuple(betas.shape)}.")
     log_alpha_bar = torch.tensor(_compensated_cumsum(torch.log1p(-betas).tolist()), dtype=torch.float64)
-    if not zero_terminal_snr:
-        return log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
+    return log_snr_at_zero_end(log_alpha_bar) if zero_terminal_snr else _log_snr(log_alpha_bar)
+
+
+def log_snr_at_zero_end(log_alpha_bar: Tensor) -> Tensor:
+    """Log SNR of a chain whose sqrt(alpha_bar) is shifted and scaled so that the last is 0 and the first stays.
+
+    Arguments:
+        log_alpha_bar: (T,) float64, T >= 2.
+    Source: Lin et al. 2024, algorithm 1.
+    """
     log_root = log_alpha_bar / 2
     root = log_root.exp()
     first, last = root[0], root[-1]
@@ -288,6 +296,10 @@ def log_snr_from_betas(betas: Sequence[float] | Tensor, *, zero_terminal_snr: bo
     # 1 - new_root = (1 - first) + first (first - root) / (first - last), every part without cancellation
     complement = -torch.expm1(log_root[0]) - scale * first * torch.expm1(log_root - log_root[0])
     return 2 * new_root.log() - torch.log(complement) - torch.log1p(new_root)
+
+
+def _log_snr(log_alpha_bar: Tensor) -> Tensor:
+    return log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
 
 
 def _compensated_cumsum(values: list[float]) -> list[float]:

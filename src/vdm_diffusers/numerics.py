@@ -6,10 +6,26 @@ in float32 and rounded once at the end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
+    """Makes `function` create its tensors on the CPU, fit for autograd, whatever default device or inference mode is set around."""
+
+    @wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(False), torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return wrapper
 
 
 def as_float64(value: Tensor | Sequence[float] | float) -> Tensor:
@@ -81,6 +97,11 @@ def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+
+
+def take(table: Tensor, index: Tensor) -> Tensor:
+    """table[index] for an index of any shape, zero dimensions too, where torch.compile would read a number."""
+    return table.index_select(0, index.reshape(-1)).reshape(index.shape + table.shape[1:])
 
 
 def shown(values: Tensor) -> str:

@@ -152,7 +152,9 @@ def _row(prediction_type: PredictionType, alpha: Tensor, sigma: Tensor) -> tuple
         return zero, -1 / sigma
     if prediction_type == "v_prediction":
         return -sigma, alpha
-    return -one, one
+    if prediction_type == "flow_prediction":
+        return -one, one
+    raise ValueError(f"the row of prediction type {prediction_type!r} is missing here.")
 
 
 def _solve(

@@ -30,6 +30,15 @@ from .numerics import as_float64, compute_dtype, expand_to
 
 ReverseVariance = Literal["posterior", "forward", "optimal", "learned", "learned_range"]
 REVERSE_VARIANCES: tuple[str, ...] = get_args(ReverseVariance)
+VARIANCE_TYPES: dict[str, ReverseVariance] = {  # by the names that Diffusers' configurations have for them
+    "fixed_small": "posterior",
+    "fixed_small_log": "posterior",
+    "fixed_large": "forward",
+    "fixed_large_log": "forward",
+    "learned": "learned",
+    "learned_range": "learned_range",
+    "optimal": "optimal",
+}
 
 
 def posterior_variance(log_snr_s: Tensor | float, log_snr_t: Tensor | float) -> Tensor:

@@ -33,7 +33,7 @@ from .noise_schedules import (
     log_snr_from_timestep,
     timestep_from_log_snr,
 )
-from .numerics import as_float64, on_host, shown
+from .numerics import as_float64, on_host, shown, take
 
 
 class Timeline(ABC):
@@ -283,11 +283,6 @@ def whole(timesteps: Tensor) -> Tensor:
     """`timesteps` without what rounding left of whole numbers."""
     nearest = timesteps.round()
     return torch.where((timesteps - nearest).abs() < 1e-9, nearest, timesteps)
-
-
-def take(table: Tensor, index: Tensor) -> Tensor:
-    """table[index] for an index of any shape, zero dimensions too, where torch.compile would read a number."""
-    return table.index_select(0, index.reshape(-1)).reshape(index.shape + table.shape[1:])
 
 
 def _check_range(log_snr: Tensor, high: float, low: float) -> None:

@@ -3,61 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from vdm_diffusers.likelihood import Decoder, DensityDecoder, GaussianDecoder, SoftmaxDecoder
+from vdm_diffusers.noise_schedules import NoiseSchedule
+from vdm_diffusers.numerics import as_float64
 from vdm_diffusers.reverse_variance import (
+    VARIANCE_TYPES,
     OptimalVariance,
     ReverseVariance,
     forward_variance,
-    optimal_grid,
     posterior_variance,
 )
-from vdm_diffusers.schedulers.grids import even_entries
+from vdm_diffusers.schedulers.adoption import other_model, table_of
+from vdm_diffusers.schedulers.configuration import betas_of_log_snrs
 from vdm_diffusers.schedulers.scheduling_vdm import VDMScheduler
-
-Grid = Literal["time", "log_snr", "optimal"]
-
-REVERSE_VARIANCES: dict[str, ReverseVariance] = {
-    "fixed_small": "posterior",
-    "fixed_small_log": "posterior",
-    "fixed_large": "forward",
-    "fixed_large_log": "forward",
-    "optimal": "optimal",
-    "learned": "learned",
-    "learned_range": "learned_range",
-}
+from vdm_diffusers.step_grids import GRIDS, Grid, default_grid, place_steps
 
 
-def adopt(scheduler: Any) -> Any:
-    """A scheduler that knows its log SNRs: the given one, or a `VDMScheduler` with a stock scheduler's table of betas."""
+def adopt(scheduler: Any) -> VDMScheduler:
+    """A scheduler that knows its log SNRs: the given one, or a `VDMScheduler` with the table of betas that a stock one has.
+
+    Raises:
+        ValueError: a scheduler of another kind of model, which is named with the class that is right; deterministic sampling.
+    """
     config = scheduler.config
-    if not hasattr(scheduler, "is_log_snr_schedule"):  # by name: a class from a checkpoint's own code is another one
-        missing = [key for key in ("beta_schedule", "num_train_timesteps") if key not in config]
-        if missing:
-            raise ValueError(
-                f"`scheduler`, a {type(scheduler).__name__}, has no table of betas (no `{missing[0]}` in its config), which "
-                "the bound is computed from. Pass a VDMScheduler that says what the model was trained with."
-            )
-        scheduler = VDMScheduler.from_config(config)
-        config = scheduler.config
+    if not hasattr(scheduler, "timeline"):  # by name: a class from a checkpoint's own code is another one
+        name = type(scheduler).__name__
+        if (reason := other_model(name, config)) is not None:
+            raise ValueError(reason)
+        own = VDMScheduler.from_config({**config, "_class_name": name})
+        if own.timeline.entries is not None:
+            table = table_of(scheduler, own.timeline.entries)
+            if not torch.equal(table, own.timeline.entries):
+                betas = betas_of_log_snrs(table).tolist()
+                own = VDMScheduler.from_config(
+                    own.config, trained_betas=betas, num_train_timesteps=len(betas), rescale_betas_zero_snr=False
+                )
+        scheduler, config = own, own.config
     if config.get("stochasticity", 1.0) == 0:
         raise ValueError(
             "`scheduler` has stochasticity=0: deterministic sampling has no finite ELBO. Set stochasticity=1.0 in its config: the "
             "bound is that of ancestral sampling."
         )
-    return scheduler
+    return cast(VDMScheduler, scheduler)
 
 
 def reverse_variance_of(variance_type: str, is_chain: bool, num_steps: int | None, scheduler: Any) -> ReverseVariance:
-    if variance_type not in REVERSE_VARIANCES:
+    if variance_type not in VARIANCE_TYPES:
         raise ValueError(
-            f"`variance_type` must be one of {', '.join(REVERSE_VARIANCES)}, got {variance_type!r}: pass one of them."
+            f"`variance_type` must be one of {', '.join(VARIANCE_TYPES)}, got {variance_type!r}: pass one of them."
         )
-    kind = REVERSE_VARIANCES[variance_type]
+    kind = VARIANCE_TYPES[variance_type]
     if not kind.startswith("learned"):
         return kind
     if not is_chain:
@@ -92,51 +92,50 @@ def chain_log_snrs(
 ) -> Tensor:
     """The log SNRs of a chain, decreasing, float64: x_1 (or z_0) first, then one for each transition.
 
+    The steps are where `set_timesteps(num_steps)` puts a sampler's (`step_grids`), but for two things. A bound's chain has both
+    ends of a table of betas, its decoder's and its prior's, so that "time" is spaced like "linspace" there, and "trailing" in log
+    SNR, whatever `timestep_spacing` is. And its z_0 is decoded, also where a sampler's last step returns x_hat instead.
+
     `num_steps` counts evaluations of the network: a chain of a table of betas needs one at x_1, so that it has `num_steps` entries;
     one of a log-SNR schedule has `num_steps + 1`. `kind` is the chain's reverse variance, by default the scheduler's. Other arguments
     and Raises: see `evaluate_likelihood`.
     """
-    schedule, trained = scheduler.noise_schedule, scheduler.config.num_train_timesteps
-    is_table = not scheduler.is_log_snr_schedule
+    timeline, config = scheduler.timeline, scheduler.config
+    trained, in_table = timeline.num_timesteps, timeline.entries is not None
     steps = trained if num_steps is None else num_steps
     if grid is not None and not isinstance(grid, str):
-        log_snrs = torch.as_tensor(grid, dtype=torch.float64)
-        if num_steps is not None and num_steps != len(log_snrs) - (not is_table):
-            raise ValueError(f"`num_steps` and `grid` disagree: {num_steps}, and {len(log_snrs)} log SNRs.")
-        ends = [schedule.log_snr_max, schedule.log_snr_min]
-        if log_snrs.ndim != 1 or len(log_snrs) < 2 or log_snrs[[0, -1]].tolist() != ends:
-            raise ValueError(f"`grid` must run from {ends[0]} to {ends[1]}, the schedule's own ends.")
-        return log_snrs
-    if grid not in (None, "time", "log_snr", "optimal"):
+        return _own_grid(timeline.noise_schedule, grid, num_steps, in_table)
+    if grid not in (*GRIDS, None):
         raise ValueError(f"`grid` must be 'time', 'log_snr', 'optimal' or log SNRs, got {grid!r}.")
-    low, high = (2, trained) if is_table else (1, 1 << 20)
+    low, high = (min(2, trained), trained) if in_table else (1, 1 << 20)
     if not low <= steps <= high:
-        table = ", the length of the scheduler's table" if is_table else ""
+        table = ", the length of the scheduler's table" if in_table else ""
         raise ValueError(f"`num_steps` must lie in {low}..{high}{table}, got {steps}.")
-    kind = kind or REVERSE_VARIANCES.get(scheduler.config.variance_type)
-    if grid is None:
-        grid = cast("Grid | None", scheduler.config.get("step_grid"))
-    if grid is None:
-        grid = "time" if kind != "optimal" else "optimal" if steps < trained else "log_snr"
-    entries = scheduler.log_snr(torch.arange(trained)).double()
-    if is_table and (grid == "time" or steps == trained):
-        return entries[torch.linspace(0, trained - 1, steps, dtype=torch.float64).round().long()]
-    if grid == "optimal":
-        candidates = entries if is_table else _between(schedule, max(1024, 2 * steps))
-        variance: Literal["posterior", "optimal"] = "posterior" if kind == "posterior" else "optimal"
-        return optimal_grid(optimal_of(scheduler), steps - is_table, candidates, variance=variance)
-    if not is_table:
-        uniform = torch.arange(steps + 1, dtype=torch.float64) / steps
-        return schedule.log_snr(uniform) if grid == "time" else _between(schedule, steps)
-    if not bool(entries.isfinite().all()):
-        raise ValueError("grid='log_snr' needs a finite log SNR at both ends: take 'time' with zero terminal SNR.")
-    return entries[even_entries(entries, steps)]
+    kind = kind or VARIANCE_TYPES.get(config.variance_type)
+    place: Grid = grid or config.get("step_grid") or default_grid(timeline, steps, optimal_variance=kind == "optimal")
+    chain = place_steps(
+        timeline,
+        steps,
+        place,
+        spacing="linspace" if in_table else "trailing",
+        optimal=optimal_of(scheduler) if place == "optimal" else None,
+        variance="posterior" if kind == "posterior" else "optimal",
+        ends_at_mean=timeline.ends_at_data or config.get("final_step") == "mean",
+    ).log_snrs.flip(0)
+    if timeline.ends_at_data:
+        return chain
+    return torch.cat([as_float64([timeline.noise_schedule.log_snr_max]), chain])
 
 
-def _between(schedule: Any, num_steps: int) -> Tensor:
-    """Log SNRs equally spaced from one end of a schedule to the other, both exact: (num_steps + 1,)."""
-    t = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
-    return (1 - t) * schedule.log_snr_max + t * schedule.log_snr_min
+def _own_grid(schedule: NoiseSchedule, grid: Any, num_steps: int | None, in_table: bool) -> Tensor:
+    """Log SNRs that the user gives, checked."""
+    log_snrs = torch.as_tensor(grid, dtype=torch.float64)
+    if num_steps is not None and num_steps != len(log_snrs) - (not in_table):
+        raise ValueError(f"`num_steps` and `grid` disagree: {num_steps}, and {len(log_snrs)} log SNRs.")
+    ends = [schedule.log_snr_max, schedule.log_snr_min]
+    if log_snrs.ndim != 1 or len(log_snrs) < 2 or log_snrs[[0, -1]].tolist() != ends:
+        raise ValueError(f"`grid` must run from {ends[0]} to {ends[1]}, the schedule's own ends.")
+    return log_snrs
 
 
 def decoder_of(scheduler: Any, kind: ReverseVariance, num_levels: int | None) -> Decoder:

@@ -15,7 +15,7 @@ from vdm_diffusers.evaluation.adapters import eval_mode, prepare, unpack
 from vdm_diffusers.evaluation.chains import adopt, chain_log_snrs
 from vdm_diffusers.evaluation.sharing import draw_seed
 from vdm_diffusers.likelihood import measure_mse, sample_chain
-from vdm_diffusers.schedulers.scheduling_vdm import MAX_KNOTS
+from vdm_diffusers.schedulers.configuration import MAX_KNOTS
 
 
 def estimate_optimal_variance(

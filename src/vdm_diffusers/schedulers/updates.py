@@ -1,6 +1,6 @@
 r"""One reverse step from t to s < t in closed form: its coefficients as functions of the two log SNRs.
 
-Variance-preserving path, any two times. With c = 1 - SNR_t / SNR_s, q = sqrt(SNR_t / SNR_s) and stochasticity eta,
+Any path, any two times. With c = 1 - SNR_t / SNR_s, q = sqrt(SNR_t / SNR_s) and stochasticity eta,
 
     z_s = (sigma_s / sigma_t) r z_t + alpha_s (1 - q r) x_hat + eta sqrt(variance) noise,    r = sqrt(1 - eta^2 c).
 
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..gaussian import alpha_sigma
+from ..gaussian import Path, alpha_sigma
 
 
 class ReverseCoefficients(NamedTuple):
@@ -31,12 +31,14 @@ class ReverseCoefficients(NamedTuple):
     stochasticity: Tensor  # eta of this step
 
 
-def reverse_coefficients(log_snr_t: Tensor, log_snr_s: Tensor, stochasticity: float = 1.0) -> ReverseCoefficients:
-    """The coefficients of the step from t to s. log_snr_s = +inf is clean data, log_snr_t = -inf pure noise.
+def reverse_coefficients(
+    log_snr_t: Tensor, log_snr_s: Tensor, stochasticity: float = 1.0, *, path: Path = "vp"
+) -> ReverseCoefficients:
+    """The coefficients of the step from t to s. log_snr_s = +inf is clean data, log_snr_t = -inf pure noise (vp, flow).
 
     Where no step is defined (both the same infinity, NaN in the schedule) the coefficients are NaN.
     """
-    (alpha_s, sigma_s), (_, sigma_t) = alpha_sigma(log_snr_s), alpha_sigma(log_snr_t)
+    (alpha_s, sigma_s), (_, sigma_t) = alpha_sigma(log_snr_s, path), alpha_sigma(log_snr_t, path)
     difference = log_snr_t - log_snr_s
     c, one_minus_c, q = -torch.expm1(difference), torch.exp(difference), torch.exp(difference / 2)
     eta2 = torch.minimum(torch.full_like(c, stochasticity**2), 1 / c)
