@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 import train
-from config import ARGUMENTS_FILE, DataArguments, parse_arguments
+from arguments import ARGUMENTS_FILE, DataArguments, parse_arguments
 from data import ImageSet, default_test_split, load_split, load_splits
 from evaluating import bits_per_dim, draw_samples
 from networks import make_network

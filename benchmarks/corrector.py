@@ -20,7 +20,7 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-from config import DataArguments
+from arguments import DataArguments
 from data import load_split
 
 from vdm_diffusers import VDMPipeline

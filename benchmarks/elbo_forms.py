@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-from config import DataArguments
+from arguments import DataArguments
 from data import load_split
 
 from vdm_diffusers import VDMPipeline

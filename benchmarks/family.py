@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+from arguments import DIGITS_RECIPE, RECIPES, Arguments, parse_arguments
 from checkpoints import write_json
-from config import DIGITS_RECIPE, RECIPES, Arguments, parse_arguments
 from data import ImageSet, default_test_split, load_split, load_splits
 from diffusion import DiffusionTask, Rows, make_scheduler
 from ema import ema_decay

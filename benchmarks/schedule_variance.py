@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-from config import ARGUMENTS_FILE, DataArguments
+from arguments import ARGUMENTS_FILE, DataArguments
 from data import load_split
 
 from vdm_diffusers import LearnedNoiseSchedule, VDMPipeline

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
 
-from config import parse_arguments
+from arguments import parse_arguments
 from data import load_splits
 from ema import EMA
 from networks import compile_network

@@ -9,7 +9,7 @@ import evaluate
 import pyarrow.parquet
 import pytest
 import torch
-from config import DataArguments
+from arguments import DataArguments
 from data import ImageSet, load_split
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from evaluating import bits_per_dim, combined_error, draw_samples, histogram_bits_per_dim, loss_by_log_snr

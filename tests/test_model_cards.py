@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from config import DataArguments
+from arguments import DataArguments
 from data import ImageSet, load_split
 from huggingface_hub import ModelCard
 from sklearn.calibration import CalibratedClassifierCV

@@ -8,7 +8,7 @@ import torch
 import train
 import yaml
 from accelerate.state import AcceleratorState, GradientState
-from config import DiffusionArguments
+from arguments import DiffusionArguments
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusion import DiffusionTask, Rows, make_scheduler
 from safetensors.torch import load_file

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from arguments import DiffusionArguments
 from checkpoints import (
     MANIFEST,
     CheckpointError,
@@ -18,7 +19,6 @@ from checkpoints import (
     prune,
     verify,
 )
-from config import DiffusionArguments
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusion import DiffusionTask, Rows, make_scheduler, trains_in_discrete_time

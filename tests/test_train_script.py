@@ -515,7 +515,7 @@ def test_trackio_gets_the_figures_and_the_pictures_and_a_resumed_run_goes_on(rec
         ({"logger": "wandb"}, "pip install wandb"),
         ({"num_levels": 9}, "the images hold level 16"),
         ({"norm_num_groups": 3}, "`norm_num_groups` must divide `hidden_channels`"),
-        ({"eval_num_samples": 4, "ddpm_beta_schedule": "linear", "log_snr_table": 3}, "needs a schedule in log SNR"),
+        ({"log_snr_table": 3}, "at least two log SNRs"),
         ({"model_config_name_or_path": "CONFIG"}, "is of a AutoencoderKL"),
     ],
 )

@@ -13,12 +13,12 @@ import torch
 import train
 import yaml
 from accelerate.state import AcceleratorState, GradientState
-from config import DataArguments, parse_arguments
+from arguments import DataArguments, parse_arguments
 from data import DataError, load_split
-from decoded import keeps_on_disk, mapped_images
+from data.storage import keeps_on_disk, mapped_images
+from data.streaming import ImageStream, first_images
 from randomness import DataOrder
 from safetensors.torch import load_file
-from streaming import ImageStream, first_images
 from train import Batches
 
 NUM_IMAGES = 37
@@ -54,7 +54,7 @@ def folder(pixels, tmp_path_factory):
 
 @pytest.fixture
 def args(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.NUM_LOCAL_SHARDS", 6)
+    monkeypatch.setattr("data.sources.NUM_LOCAL_SHARDS", 6)
     return DataArguments(dataset_name=str(folder), cache_dir=str(tmp_path / "cache"), shuffle_buffer_size=5)
 
 
@@ -152,7 +152,7 @@ def test_a_mapped_file_holds_what_memory_would(args, tmp_path, monkeypatch):
     assert not list((tmp_path / "cache" / "decoded").glob(".*"))
     written = path.stat().st_mtime_ns
 
-    monkeypatch.setattr("data.same_kind", None)  # a second run decodes nothing but the first image
+    monkeypatch.setattr("data.reading.same_kind", None)  # a second run decodes nothing but the first image
     assert torch.equal(load_split(on_disk, "train", seed=0).images, held.images)
     monkeypatch.undo()
     assert path.stat().st_mtime_ns == written
@@ -168,15 +168,17 @@ def test_a_killed_decoding_leaves_nothing_and_too_small_a_disk_is_told(tmp_path,
     with pytest.raises(KeyboardInterrupt):
         mapped_images(tmp_path, "key", (3, 1, 2, 2), torch.uint8, killed)
     assert list(tmp_path.iterdir()) == []
-    images, highest = mapped_images(tmp_path, "key", (3, 1, 2, 2), torch.int32, lambda array: array.fill(900) or 900)
-    assert (images.dtype, highest, int(images.min())) == (torch.int32, 900, 900)
-    monkeypatch.setattr("decoded.shutil.disk_usage", lambda path: type("usage", (), {"free": 10}))
-    with pytest.raises(OSError, match="the decoded images need"):
+    images, facts = mapped_images(
+        tmp_path, "key", (3, 1, 2, 2), torch.int32, lambda array: array.fill(900) or {"highest": 900}
+    )
+    assert (images.dtype, facts, int(images.min())) == (torch.int32, {"highest": 900}, 900)
+    monkeypatch.setattr("data.storage.shutil.disk_usage", lambda path: type("usage", (), {"free": 10}))
+    with pytest.raises(DataError, match="the decoded images need"):
         mapped_images(tmp_path, "other", (3, 1, 2, 2), torch.uint8, killed)
 
 
 def test_the_file_is_for_what_memory_does_not_hold(monkeypatch):
-    monkeypatch.setattr("decoded.psutil.virtual_memory", lambda: type("memory", (), {"total": 1000}))
+    monkeypatch.setattr("data.storage.psutil.virtual_memory", lambda: type("memory", (), {"total": 1000}))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert [keeps_on_disk("auto", n, 0.5) for n in (500, 501)] == [False, True]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
@@ -211,7 +213,7 @@ def test_what_streaming_needs_is_said(given, said, capsys):
 
 
 def test_a_streamed_run_is_resumed_exactly(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.NUM_LOCAL_SHARDS", 6)
+    monkeypatch.setattr("data.sources.NUM_LOCAL_SHARDS", 6)
     recipe = {
         "hidden_channels": 8,
         "layers_per_block": 1,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from config import DiffusionArguments, trains_in_discrete_time
+from arguments import DiffusionArguments, trains_in_discrete_time
 from randomness import generator_for, row_noise, seed_for
 from torch import Tensor
 

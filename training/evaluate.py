@@ -12,17 +12,23 @@ with that of the sample of images.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -m`, runpy and -P leave the script's folder out
+
+from arguments import DataArguments, EvaluateArguments, parse_evaluation, training_record
+
+if __name__ == "__main__":
+    parse_evaluation()  # --help and what cannot be are answered before the seconds that the imports below take
+
 import dataclasses
 import json
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from checkpoints import MANIFEST, CheckpointError, verify, write_json
-from config import ARGUMENTS_FILE, DataArguments, Parser, argument
-from data import DataError, ImageSet, default_test_split, is_digits, load_split
+from data import DataError, ImageSet, default_test_split, load_split
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from evaluating import TERMS, bits_per_dim, combined_error, draw_samples, histogram_bits_per_dim, loss_by_log_snr
@@ -37,91 +43,6 @@ from vdm_diffusers.hub import Provenance
 from vdm_diffusers.models.labels import is_class_conditional, num_classes
 
 VAES = {"VariationalAutoencoder": VariationalAutoencoder, "HierarchicalVAE": HierarchicalVAE}
-
-
-@dataclass
-class EvaluateArguments:
-    """What to evaluate, how, and where results go."""
-
-    _argument_group_name = "evaluation"
-
-    checkpoint: str = argument(
-        "outputs/digits",
-        "Folder that train.py wrote (also a checkpoint-N in it; of any --model), or a pipeline on the Hub with unet and scheduler.",
-    )
-    split: str | None = argument(
-        None,
-        "Split to evaluate; none: the data set's own test split if it has one, else the images held out while training. "
-        "'held_out' names the latter.",
-    )
-    max_images: int | None = argument(None, "Evaluate the first so many images; none: all.")
-    method: Literal["auto", "continuous", "discrete", "importance_weighted", "ode"] = argument(
-        "auto",
-        "ELBO in continuous time, or of a chain of --num_steps steps, its K-sample bound, or the probability-flow ODE; auto: "
-        "by the schedule's kind.",
-    )
-    num_steps: int | None = argument(None, "Steps of the chain for the discrete method; none: as trained.")
-    grid: Literal["auto", "time", "log_snr", "optimal"] = argument(
-        "auto", "Where these steps are; optimal needs the scheduler's optimal_variance."
-    )
-    variance_type: str | None = argument(None, "Reverse variance of the chain instead of the scheduler's.")
-    target_standard_error: float | None = argument(
-        None, "Go on beyond --num_samples until the estimate's error is this small, in bits/dim."
-    )
-    max_model_evaluations: int | None = argument(None, "Stop there whether or not the target is reached.")
-    resume_dir: str | None = argument(
-        None, "Folder for partial results: an evaluation that is cut off goes on from there."
-    )
-    steps_curve: str | None = argument(
-        None,
-        "Also plot bits/dim against these numbers of steps, such as 10,25,100,250: as many evaluations an image each.",
-    )
-    num_samples: int = argument(16, "Network evaluations for each image, stratified over time.")
-    batch_size: int = argument(64, "Images at a time.")
-    seed: int = argument(0, "Seed of times, noise and samples.")
-    num_sample_images: int = argument(100, "Images in the grid of samples; 0: none.")
-    num_inference_steps: int = argument(250, "Sampler steps for them.")
-    fid: bool = argument(
-        False, "Also FID and KID of samples against the evaluated images, with torchmetrics and Inception's weights."
-    )
-    fid_num_images: int = argument(10000, "Images and samples for them, at most; the split may have fewer.")
-    fid_weights: str | None = argument(None, "File of Inception's weights; none: where torch.hub keeps checkpoints.")
-    baseline: bool = argument(
-        True, "Also print the bits/dim of independent histograms of the training images' pixels."
-    )
-    output_dir: str | None = argument(None, "Folder for the results; none: `evaluation` in the checkpoint's folder.")
-    device: str | None = argument(None, "Device; none: an accelerator if there is one.")
-
-
-def parse_arguments(argv: list[str] | None) -> tuple[EvaluateArguments, DataArguments]:
-    """The arguments; data arguments that are not given are those of the training run."""
-    parser = Parser((EvaluateArguments, DataArguments), description="Bits/dim of a trained model on held-out images.")
-    tokens = sys.argv[1:] if argv is None else argv
-    args, data = parser.parse(tokens)
-    for name in ("num_samples", "batch_size", "num_inference_steps", "max_images", "num_steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be positive, got {getattr(args, name)}.")
-    if args.num_samples < 2:
-        parser.error("--num_samples must be at least 2: the error bar comes from independent estimates.")
-    if is_digits(data):
-        trained = training_record(args.checkpoint)
-        if trained is not None:
-            given = parser.given(tokens)
-            values = {
-                f.name: trained["arguments"][f.name]
-                for f in dataclasses.fields(DataArguments)
-                if f.name in trained["arguments"]
-            }
-            data = DataArguments(
-                **values | {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if f.name in given}
-            )
-    return args, data
-
-
-def training_record(checkpoint: str) -> dict[str, Any] | None:
-    """What train.py wrote beside the model, if it is a local folder that has it."""
-    path = Path(checkpoint) / ARGUMENTS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def load_pipeline(checkpoint: str, device: torch.device) -> VDMPipeline | LatentModel:
@@ -436,7 +357,7 @@ def check_fit(pipeline: VDMPipeline | LatentModel, images: ImageSet) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    args, data = parse_arguments(argv)
+    args, data = parse_evaluation(argv)
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     try:

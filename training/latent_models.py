@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from config import Arguments
+from arguments import Arguments
 from data import DataError, ImageSet
 from diffusers import AutoencoderKL
 from diffusers.models.modeling_utils import ModelMixin
@@ -147,12 +147,10 @@ def make_latent_model(args: Arguments, images: ImageSet, num_levels: int) -> Bou
     """A freshly initialised VAE, hierarchical VAE, or VAE (a given one, with `--vae`) with a prior, that fits the images.
 
     Raises:
-        DataError: an argument that belongs to diffusion networks, or a VAE of other images.
+        DataError: a VAE of other images.
         ValueError: sizes that cannot be.
     """
     model = args.model
-    if model.class_conditional or model.model_config_name_or_path is not None:
-        raise DataError(f"--model {model.model} takes neither --class_conditional nor --model_config_name_or_path.")
     channels, height, width = images.images.shape[1:]
     common: dict[str, Any] = {
         "sample_size": (height, width),

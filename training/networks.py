@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from config import Arguments
+from arguments import Arguments
 from data import DataError, ImageSet
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0

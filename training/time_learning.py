@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from config import DiffusionArguments
+from arguments import DiffusionArguments
 from diffusion import Losses
 from safetensors.torch import load_file, save_file
 

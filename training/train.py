@@ -13,6 +13,16 @@ Exit codes: 0 done; 2 bad arguments or data; 143 stopped by SIGTERM with its sta
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -m`, runpy and -P leave the script's folder out
+
+from arguments import ARGUMENTS_FILE, Arguments, RunArguments, parse_arguments
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and what cannot be are answered before the seconds that the imports below take
+
 import contextlib
 import copy
 import dataclasses
@@ -22,12 +32,10 @@ import math
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,8 +64,7 @@ from checkpoints import (
     write_json,
     write_text,
 )
-from config import ARGUMENTS_FILE, Arguments, RunArguments, parse_arguments
-from data import DataError, ImageSet, evaluation_split, is_digits, load_splits
+from data import DataError, ImageSet, ImageStream, evaluation_split, first_images, is_digits, load_splits
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.utils import logging as diffusers_logging
@@ -82,7 +89,6 @@ from plots import image_grid
 from randomness import DataOrder, seed_dropout
 from safetensors.torch import load_file, save_file
 from sharding import clip_divided_gradients, gathered, in_precision, load_gathered_optimizer, requested_sharding, shard
-from streaming import ImageStream, first_images
 from time_learning import TimeLearning
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -453,7 +459,7 @@ class Training:
         if zero and optimization.channels_last:
             raise SetupError("--channels_last: DeepSpeed lays all weights out in one row.")
         self.output_dir = prepare_output_dir(args, accelerator)
-        resume_from, self.warnings = None, [idle_cores(accelerator)]
+        resume_from, self.warnings = None, [*args.notes, idle_cores(accelerator)]
         if args.run.resume_from_checkpoint:
             resume_from, passed_over = find_checkpoint(self.output_dir, args.run.resume_from_checkpoint)
             self.warnings += passed_over

@@ -15,10 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from config import DataArguments
-from data import UNDECODABLE, DataError, ImageSet, decoded, image_column, label_column, open_splits, same_kind
+from arguments import DataArguments
 from randomness import generator_for, seed_for
 from torch import Tensor
+
+from .decoding import UNDECODABLE, decoded, same_kind
+from .images import DataError, ImageSet, labels_of
+from .reading import check_number_left_out, file_name
+from .sources import as_images, find_split, image_column, label_column, open_splits, source_of
 
 NUM_EVAL_IMAGES = 1024  # of a streamed split, where --eval_max_images does not say
 
@@ -57,32 +61,42 @@ class ImageStream:
     ) -> None:
         self.args, self.seed, self.device = args, seed, torch.device(device)
         self._process_index, self._num_processes = process_index, num_processes
-        splits = open_splits(args, streaming=True)
-        if split not in splits:
-            raise DataError(f"the data have no split {split!r}, only {', '.join(map(repr, splits))}.")
-        dataset = splits[split]
+        dataset = find_split(open_splits(args, streaming=True), split)
         if dataset.features is None:
             dataset = dataset._resolve_features()
         self._image_column = image_column(dataset, args.image_column)
-        self._label_column, num_classes = label_column(dataset, args.label_column)
+        self._label_column, class_names = label_column(dataset, args.label_column)
+        self._num_classes = None if class_names is None else len(class_names)
         import datasets
 
-        if isinstance(dataset.features[self._image_column], (datasets.Image, dict)):
-            dataset = dataset.cast_column(self._image_column, datasets.Image(decode=False))
+        dataset = as_images(dataset, self._image_column, decode=False)
         self._feature = datasets.Image()
+        self._left_out: dict[tuple[int, int], str] = {}  # by shard and image: what was wrong with it
         self._dataset, self._num_shards = dataset, dataset.num_shards
         self._divided = self._num_shards % num_processes == 0
         self._pool = ThreadPoolExecutor(args.dataloader_num_workers or os.cpu_count() or 1)
         self._reader = ThreadPoolExecutor(1, "stream")
-        example = next(iter(dataset), None)
-        if example is None:
-            raise DataError(f"the split {split!r} is empty.")
-        levels, num_levels = self._decode((example, (0, 0, 0)))
-        labels = None if self._label_column is None else torch.tensor([int(example[self._label_column])])
-        source = args.dataset_name or str(args.train_data_dir)
-        name = f"{source}, split {split}: streamed from {self._num_shards} shard(s)"
-        self.first = ImageSet(torch.from_numpy(levels)[None], labels, num_levels, num_classes, source, name)
+        self.first = self._first_image(split, class_names)
         self._start({"epoch": 0, "shard": 0, "index": 0, "source": None}, 0)
+
+    def _first_image(self, split: str, class_names: tuple[str, ...] | None) -> ImageSet:
+        """The first image that can be decoded, as a set of its own."""
+        example, source = None, source_of(self.args)
+        for index, example in enumerate(self._dataset):
+            result = self._decode((example, (0, 0, index)))
+            if result is not None:
+                break
+        else:
+            what = "holds no image that can be decoded" if example else "is empty"
+            raise DataError(f"the split {split!r} of {source} {what}.")
+        name = f"{source}, split {split}: streamed from {self._num_shards} shard(s)"
+        images, labels = torch.from_numpy(result[0])[None], self._labels([example])
+        return ImageSet(images, labels, result[1], self._num_classes, source, name, class_names=class_names)
+
+    def _labels(self, examples: list[dict[str, Any]]) -> Tensor | None:
+        if self._label_column is None:
+            return None
+        return labels_of([example[self._label_column] for example in examples], self._num_classes, self._label_column)
 
     @property
     def block_size(self) -> int:
@@ -174,16 +188,12 @@ class ImageStream:
             ),
         )
         found = [found[index] for index in order]
-        images = torch.stack(
-            [torch.from_numpy(self._checked(*pair)) for pair in zip(found, self._levels(found), strict=True)]
-        )
-        labels = None
-        if self._label_column is not None:
-            labels = torch.tensor([int(example[self._label_column]) for example, _ in found])
-        return _Block(place, images, labels)
-
-    def _levels(self, found: list[tuple[dict[str, Any], tuple[int, int, int]]]) -> list[tuple[np.ndarray, int]]:
-        return list(self._pool.map(self._decode, found))
+        decoded_ = list(self._pool.map(self._decode, found))
+        there = [(where, result) for where, result in zip(found, decoded_, strict=True) if result is not None]
+        if not there:
+            raise DataError(f"no image of a block of {len(found)} can be decoded; see --shuffle_buffer_size.")
+        images = torch.stack([torch.from_numpy(self._checked(*pair)) for pair in there])
+        return _Block(place, images, self._labels([example for (example, _), _ in there]))
 
     def _checked(self, where: tuple[Any, tuple[int, int, int]], result: tuple[np.ndarray, int]) -> np.ndarray:
         _, (_, shard, index) = where
@@ -195,15 +205,20 @@ class ImageStream:
             )
         return result[0]
 
-    def _decode(self, where: tuple[dict[str, Any], tuple[int, int, int]]) -> tuple[np.ndarray, int]:
+    def _decode(self, where: tuple[dict[str, Any], tuple[int, int, int]]) -> tuple[np.ndarray, int] | None:
+        """The levels of an image; None where it cannot be decoded and --skip_damaged allows for it."""
         example, (epoch, shard, index) = where
         crop_seed = None if self.args.center_crop else seed_for(self.seed, "crop", epoch, shard)
-        image, name = example[self._image_column], f"image {index} of shard {shard}"
-        if isinstance(image, dict):
+        stored, name = example[self._image_column], f"image {index} of shard {shard}"
+        image = stored
+        if isinstance(stored, dict):
             try:
-                image = self._feature.decode_example(image)
+                image = self._feature.decode_example(stored)
             except UNDECODABLE as error:
-                raise DataError(f"{name} cannot be decoded: {error}. Mend it, or leave it out of the data.") from error
+                what = f"{name}{file_name(stored)} cannot be decoded: {error}".rstrip(".")
+                self._left_out[shard, index] = what
+                check_number_left_out(self._left_out, self.args)
+                return None
         return decoded(image, index, name, self.args, crop_seed)
 
 
