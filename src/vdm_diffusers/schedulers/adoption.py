@@ -63,7 +63,8 @@ def adopted(config: Mapping[str, Any], own_class: str) -> dict[str, Any]:
         values |= {"beta_schedule": "squaredcos_cap_v2", "trained_betas": None}
         written |= {"trained_betas"}
     missing = [key for key in _TABLE if key not in values]
-    if missing and values.get("trained_betas") is None and name != "UnCLIPScheduler":
+    no_table = "beta_schedule" not in defaults if defaults else values.get("trained_betas") is None
+    if missing and no_table:
         raise ValueError(
             f"a configuration of {name} describes no table of betas (no `{missing[0]}`), which VDMScheduler needs. Keep {name}, or "
             "make a VDMScheduler that says what the model was trained with."
@@ -78,6 +79,8 @@ def adopted(config: Mapping[str, Any], own_class: str) -> dict[str, Any]:
 
 def _refuse(reason: str, values: Mapping[str, Any]) -> None:
     """Raise ValueError, or warn of what DDPMScheduler takes in silence and pipelines of Diffusers' tests have."""
+    if not values.keys() >= set(_TABLE):
+        raise ValueError(reason)
     if values.get("use_flow_sigmas") and values.get("prediction_type", "epsilon") != "flow_prediction":
         warnings.warn(f"{reason} Here its betas are used instead, as DDPMScheduler does.", stacklevel=4)
     elif values.get("timestep_type") == "continuous":
@@ -130,7 +133,10 @@ def table_of(scheduler: Any, exact: Tensor) -> Tensor:
     table = real.log() - torch.log1p(-real)
     if len(exact) != len(real):
         return table
-    return torch.where(same_to_rounding(real, exact.sigmoid()), exact, table)
+    same = same_to_rounding(real, exact.sigmoid())
+    if 2 * int(same.sum()) < len(same):  # another table, which meets this one here and there
+        return table
+    return torch.where(same, exact, table)
 
 
 def _class_of(values: Mapping[str, Any]) -> str | None:

@@ -166,6 +166,7 @@ def betas_of(config: Mapping[str, Any]) -> Tensor:
     return make_betas(config["beta_schedule"], config["num_train_timesteps"], config["beta_start"], config["beta_end"])
 
 
+@on_cpu
 def warn_of_odd_betas(config: Mapping[str, Any], timeline: Timeline) -> None:
     """Warn of a table of another length than the config says, and of betas outside (0, 1]."""
     if not isinstance(timeline, BetaTableTimeline):
@@ -174,13 +175,13 @@ def warn_of_odd_betas(config: Mapping[str, Any], timeline: Timeline) -> None:
     if len(betas) != stated:
         warnings.warn(
             f"`trained_betas` has {len(betas)} entries and `num_train_timesteps` is {stated}: the chain has {len(betas)} steps.",
-            stacklevel=5,
+            stacklevel=6,
         )
     if not bool(((betas > 0) & (betas <= 1)).all()):
         warnings.warn(
             f"betas must lie in (0, 1], got values from {float(betas.min())} to {float(betas.max())}: steps that "
             "are undefined will raise when they are reached.",
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

@@ -185,7 +185,11 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         """
         if isinstance(config, Mapping):
             config = adopted(config, cls.__name__)
-        return super().from_config(cast("dict[str, Any]", config), return_unused_kwargs, **kwargs)
+        made = super().from_config(cast("dict[str, Any]", config), return_unused_kwargs, **kwargs)
+        scheduler = made[0] if return_unused_kwargs else made
+        if "_refused" in scheduler.config:
+            scheduler._latest = None
+        return made
 
     # --- the schedule -------------------------------------------------------------------------------------------------
 
@@ -203,7 +207,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         every = torch.arange(timeline.num_timesteps - 1, -1, -1)
         if timeline.entries is None:
             every = place_steps(timeline, timeline.num_timesteps, "time").timesteps
-        self._latest = SamplingGrid(
+        self._latest: SamplingGrid | None = SamplingGrid(
             timeline, timeline.fed(every), StepSettings(*read_settings(self.config)), chosen=False
         )
 
@@ -297,6 +301,8 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
     def _grid(self) -> SamplingGrid:
         """This thread's grid, or else the last that was set, made anew if the config has changed since."""
         grid = getattr(self._own, "grid", None) or self._latest
+        if grid is None:
+            raise ValueError(self.config["_refused"])
         if torch.compiler.is_compiling():  # a compiled step keeps the config that it was compiled with
             return grid
         settings = read_settings(self.config)
@@ -545,7 +551,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which begin with the grid of the thread that makes them."""
-        return {**self.__dict__, "_own": None, "_latest": self._grid()}
+        return {**self.__dict__, "_own": None, "_latest": getattr(self._own, "grid", None) or self._latest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
