@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from arguments import DiffusionArguments, trains_in_discrete_time
+from data import UNLABELLED
 from randomness import generator_for, row_noise, seed_for
 from torch import Tensor
 
@@ -163,6 +164,7 @@ class DiffusionTask:
             if labels is None:
                 labels = torch.full((rows.count,), self.dropped_label)
             labels = labels.to(self.device, non_blocking=True)
+            labels = torch.where(labels == UNLABELLED, self.dropped_label, labels)
             if self.class_dropout:
                 dropped = self._draw(rows, "class dropout") < self.class_dropout
                 labels = torch.where(dropped.to(self.device), self.dropped_label, labels)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from class_labels import labels_to_evaluate
 from data import ImageSet
 from randomness import generator_for
 from torch import Tensor
@@ -18,7 +19,7 @@ from vdm_diffusers.decoders import encode_pixels
 from vdm_diffusers.elbo import squared_error
 from vdm_diffusers.gaussian import diffuse
 from vdm_diffusers.likelihood import LikelihoodReport
-from vdm_diffusers.models.labels import default_label, is_class_conditional
+from vdm_diffusers.models.labels import default_label
 from vdm_diffusers.prediction import convert
 
 TERMS = ("prior", "diffusion", "reconstruction")
@@ -49,14 +50,14 @@ def bits_per_dim(
     """
     mine = torch.arange(process_index, len(images), num_processes)
     report = None
-    conditional = is_class_conditional(pipeline.unet)
+    labels = labels_to_evaluate(pipeline.unet, images)
     if method is None and str(pipeline.scheduler.config.variance_type).startswith("learned"):
         method = "discrete"  # in continuous time there is no variance to learn
     if len(mine):
         report = evaluate_likelihood(
             pipeline,
             images.images[mine],
-            class_labels=images.labels[mine] if conditional else None,
+            class_labels=labels[mine] if labels is not None else None,
             generator=generator_for(seed, "evaluation", process_index),
             num_samples=num_samples,
             batch_size=batch_size,
@@ -129,6 +130,7 @@ def loss_by_log_snr(
     schedule = scheduler.noise_schedule
     highest, lowest = schedule.log_snr_max, max(schedule.log_snr_min, -20.0)  # below, nothing is left to predict
     width = (highest - lowest) / num_points
+    labels = labels_to_evaluate(pipeline.unet, images)
     points = []
     for index in range(num_points):
         log_snr = highest - (index + 0.5) * width
@@ -139,8 +141,8 @@ def loss_by_log_snr(
             noise = torch.randn(x.shape, generator=generator).to(device)
             z_t = diffuse(x, noise, log_snr)
             conditioning = {}
-            if is_class_conditional(pipeline.unet):
-                conditioning["class_labels"] = images.labels[batch].to(device)
+            if labels is not None:
+                conditioning["class_labels"] = labels[batch].to(device)
             elif default_label(pipeline.unet) is not None:
                 conditioning["class_labels"] = torch.full((len(x),), default_label(pipeline.unet), device=device)
             output = pipeline.unet(z_t, torch.full((len(x),), timestep, device=device), **conditioning).sample

@@ -64,7 +64,18 @@ from checkpoints import (
     write_json,
     write_text,
 )
-from data import DataError, ImageSet, ImageStream, evaluation_split, first_images, is_digits, load_splits
+from class_labels import check_labels
+from data import (
+    DataError,
+    ImageSet,
+    ImageStream,
+    evaluation_split,
+    figure_name,
+    first_images,
+    is_digits,
+    load_splits,
+    overlap,
+)
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.utils import logging as diffusers_logging
@@ -486,12 +497,19 @@ class Training:
         if highest >= self.num_levels:
             raise DataError(f"--num_levels {self.num_levels}: the images hold level {highest}.")
 
+        self.warnings += [*self.train_images.warnings, *self.eval_images.warnings]
+        self.figure = figure_name(args.data, evaluation_split(args.data), conditional=args.model.class_conditional)
+        if self.stream is None and accelerator.is_main_process:
+            self.warnings += [overlap(self.train_images, self.eval_images)]
+
         set_seed(optimization.seed)
         try:
             if self.is_latent:
                 self.network = make_latent_model(args, self.train_images, self.num_levels)
             else:
                 self.network = make_network(args, self.train_images)
+                dropout = args.model.class_dropout
+                check_labels(self.network, self.train_images, self.eval_images, class_dropout=dropout)
             self.scheduler = make_scheduler(args.diffusion)
         except ValueError as error:  # sizes or schedules that cannot be; the message says which
             raise SetupError(str(error)) from error
@@ -604,6 +622,7 @@ class Training:
             "train_images": self.train_images.name,
             "eval_images": self.eval_images.name,
             "num_levels": self.num_levels,
+            "class_names": self.train_images.class_names if self.args.model.class_conditional else None,
             "num_parameters": sum(p.numel() for p in self.network.parameters()),
             "global_batch": self.global_batch,
             "max_train_steps": self.num_steps,
@@ -906,7 +925,7 @@ class Training:
         error = combined_error([result["standard_error"], result["sampling_error"]])
         terms = ", ".join(f"{term} {result[term]:.3f}" for term in TERMS if term in result)
         if self.accelerator.is_local_main_process:
-            tqdm.write(f"step {self.step}: held-out bits/dim {result['bits_per_dim']:.3f} +- {error:.3f} ({terms})")
+            tqdm.write(f"step {self.step}: {self.figure} {result['bits_per_dim']:.3f} +- {error:.3f} ({terms})")
 
     def draw_samples(self) -> None:
         """A grid of samples, from the same noise each time."""

@@ -6,7 +6,16 @@ likelihood knows about.
 
 from .images import UNLABELLED, DataError, ImageSet
 from .sources import is_digits, open_splits
-from .splits import HELD_OUT, default_test_split, evaluation_split, kind_of_images, load_split, load_splits
+from .splits import (
+    HELD_OUT,
+    default_test_split,
+    evaluation_split,
+    figure_name,
+    kind_of_images,
+    load_split,
+    load_splits,
+    overlap,
+)
 from .streaming import ImageStream, first_images
 
 __all__ = [
@@ -17,10 +26,12 @@ __all__ = [
     "ImageStream",
     "default_test_split",
     "evaluation_split",
+    "figure_name",
     "first_images",
     "is_digits",
     "kind_of_images",
     "load_split",
     "load_splits",
     "open_splits",
+    "overlap",
 ]

@@ -80,6 +80,19 @@ def kind_of_images(args: DataArguments, split: str) -> str:
     return "training" if split == args.train_split else "held-out"
 
 
+def figure_name(args: DataArguments, split: str, *, conditional: bool = False) -> str:
+    """What bits/dim on a split are called: of which images, and whether of p(x | y), given the class, which is another figure."""
+    return f"{kind_of_images(args, split)} bits/dim{' given the class' if conditional else ''}"
+
+
+def overlap(train: ImageSet, evaluated: ImageSet) -> str | None:
+    """A warning if images that are evaluated are also trained on."""
+    number = evaluated.number_among(train)
+    if not number:
+        return None
+    return f"warning: {number} of the {len(evaluated)} images evaluated are also among those trained on: their figure is not held out"
+
+
 def _read_split(
     args: DataArguments, split: str, crop_seed: int | None, choose: Callable[[int], Tensor | None]
 ) -> ImageSet:
