@@ -15,7 +15,7 @@ from typing import Any
 from hub_double import HubDouble
 
 _SERVER = """
-import contextlib, io, json, os, shutil, sys, traceback
+import contextlib, io, json, os, shutil, sys, tempfile, traceback
 import torch, huggingface_hub, diffusers
 from diffusers import (AutoModel, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel)
 import diffusers.pipelines.pipeline_utils, diffusers.callbacks
@@ -39,6 +39,7 @@ for line in sys.stdin:
         code = 1
         try:
             os.environ.update(task["env"])
+            tempfile.tempdir = None  # found anew: TMPDIR may have changed
             sys.argv = ["-c", *task["args"]]
             exec(compile(task["code"], "<client>", "exec"), {"__name__": "__main__"})
             code = 0
