@@ -238,7 +238,7 @@ class WithVAE(DDPMPipeline):
         (lambda p: evaluate(p, images(num_levels=17), num_levels=256), "the pipeline's own, 17, got 256"),
         (lambda p: evaluate(p, images(num_levels=17)[..., :7]), "size 8x8, got 8x7"),
         (lambda p: evaluate(p, images(num_levels=17).expand(5, 3, 8, 8)), "1 channels, got shape"),
-        (lambda p: evaluate(p, images(num_levels=17)[0]), r"shape \(N, C, H, W\)"),
+        (lambda p: evaluate(p, images(num_levels=17)[0, 0]), r"shape \(N, C, H, W\)"),
         (lambda p: evaluate(p, []), "holds no image"),
         (lambda p: evaluate(p, 3), "got int"),
         (lambda p: evaluate(p, [PIL.Image.new("L", (8, 8))]), "256 levels, but `num_levels` is 17"),

@@ -55,7 +55,10 @@ ROOMS = [
     "__init__",
 ]
 # The evaluators also read users' images and show their progress.
-CORE_IMPORTS = {room: {"torch"} for room in CORE} | {"likelihood": {"torch", "numpy", "PIL", "tqdm"}}
+CORE_IMPORTS = {room: {"torch"} for room in CORE} | {
+    "likelihood": {"torch", "numpy", "PIL", "tqdm"},
+    "control_variates": {"torch", "numpy"},  # Gauss-Legendre nodes
+}
 
 # Import names that differ from the names of their distributions.
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "huggingface_hub": "huggingface-hub"}

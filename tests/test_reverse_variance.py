@@ -113,7 +113,8 @@ def test_measured_variance_travels_in_the_config_and_lowers_the_bound(schedule):
     s = VDMScheduler(beta_schedule=schedule, clip_sample=False)
     model = data.as_model(s.log_snr)
     kwargs = {"progress_bar": False, "generator": torch.Generator().manual_seed(0)}
-    measured = estimate_optimal_variance(model, levels, scheduler=s, num_samples=64, **kwargs)
+    # many evaluations: what is rare at high log SNR, the wrong component of the mixture, decides where the grid's first step may begin
+    measured = estimate_optimal_variance(model, levels, scheduler=s, num_samples=1024, **kwargs)
     assert len(measured["mse"]) == 64
     # the exact network's mse at a knot
     knot = measured["log_snr"][40]
@@ -124,7 +125,7 @@ def test_measured_variance_travels_in_the_config_and_lowers_the_bound(schedule):
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
         alpha, sigma = (1 + math.exp(-knot)) ** -0.5, (1 + math.exp(knot)) ** -0.5
         errors.append(((data.denoise(alpha * x + sigma * noise, knot) - x) ** 2).mean())
-    assert measured["mse"][40] == pytest.approx(float(torch.stack(errors).mean()), rel=0.25)
+    assert measured["mse"][40] == pytest.approx(float(torch.stack(errors).mean()), rel=0.1)
 
     best = VDMScheduler.from_config(s.config, variance_type="optimal", optimal_variance=measured)
     kwargs |= {"method": "discrete", "num_steps": 25, "num_samples": 250}

@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import torch
@@ -64,7 +65,7 @@ def load_pipeline(checkpoint: str, device: torch.device) -> VDMPipeline | Latent
         raise CheckpointError(f"{folder} holds no finished pipeline; checkpoints in it: {present}.")
     pipeline = DiffusionPipeline.from_pretrained(checkpoint)
     if not isinstance(pipeline, (VDMPipeline, LatentVDMPipeline)):
-        pipeline = VDMPipeline.from_pipeline(pipeline, scheduler=VDMScheduler.from_config(pipeline.scheduler.config))
+        pipeline = VDMPipeline.from_pipe(pipeline, scheduler=VDMScheduler.from_config(pipeline.scheduler.config))
     return pipeline.to(device)
 
 
@@ -180,7 +181,10 @@ def evaluate(
     rows += [
         ("sum", f"{result['bits_per_dim']:.4f} bits/dim{', an upper bound' if result['is_bound'] else ''}"),
         ("error of the estimate for these images", f"{result['standard_error']:.4f}"),
-        (f"error of a sample of {result['num_images']} images", f"{result['sampling_error']:.4f}"),
+        (
+            f"error of a sample of {result['num_images']} images",
+            "-" if math.isnan(result["sampling_error"]) else f"{result['sampling_error']:.4f}",
+        ),
         ("method", f"{result['method']} time, {result['num_model_evaluations']} network evaluations"),
     ]
     if quality is not None:
@@ -236,7 +240,10 @@ def evaluate_latent(
     rows += [
         ("sum", f"{result['bits_per_dim']:.4f} bits/dim, an upper bound"),
         ("error of the estimate for these images", f"{result['standard_error']:.4f}"),
-        (f"error of a sample of {result['num_images']} images", f"{result['sampling_error']:.4f}"),
+        (
+            f"error of a sample of {result['num_images']} images",
+            "-" if math.isnan(result["sampling_error"]) else f"{result['sampling_error']:.4f}",
+        ),
     ]
     if not isinstance(model, LatentVDMPipeline):
         tighter = latent_report(model, images.images, num_samples=2, importance_samples=args.num_samples, **common)

@@ -86,7 +86,10 @@ def markdown_block(result: dict[str, Any]) -> str:
     rows = [
         ("bits/dim", f"{result['bits_per_dim']:.4f}{' (upper bound)' if result['is_bound'] else ''}"),
         ("error of the estimate", f"{result['standard_error']:.4f}"),
-        ("error of the sample of images", f"{result['sampling_error']:.4f}"),
+        (
+            "error of the sample of images",
+            "-" if math.isnan(result["sampling_error"]) else f"{result['sampling_error']:.4f}",
+        ),
         *((name, f"{result[name]:.4f}") for name in TERMS if name in result),
         ("images", f"{result['images']}, split {result['split']}, {result['num_images']} images, each once"),
         (

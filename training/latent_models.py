@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils import broadcast_object_list
 from arguments import Arguments
 from data import DataError, ImageSet
 from diffusers import AutoencoderKL
@@ -99,10 +100,20 @@ class BoundModel(nn.Module):
         if average is not None:  # at the first step of a run they are the same
             self.vae.load_state_dict(average.vae.state_dict())
         levels = levels[:_IMAGES_TO_FIT].long()
+        training, _ = self.training, self.eval()  # without dropout, also in a run that is resumed here
         if self.pipeline.scaling_factor == 1 and self.pipeline.shift_factor == 0:
             self.pipeline.fit_latent_scale(levels)
         if "likelihood" not in self.vae.config and self.pipeline.config.decoder_scale is None:
             self.pipeline.fit_decoder_scale(levels)
+        scales = [
+            self.vae.config.get("scaling_factor"),
+            self.vae.config.get("shift_factor"),
+            self.pipeline.config.decoder_scale,
+        ]
+        broadcast_object_list(scales)  # threads may round differently; there is one model
+        self.vae.register_to_config(scaling_factor=scales[0], shift_factor=scales[1])
+        self.pipeline.register_to_config(decoder_scale=scales[2])
+        self.train(training)
         if average is not None:
             average.take_scales(self)
 

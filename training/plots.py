@@ -65,7 +65,7 @@ def plot_training(entries: list[dict], path: Path, *, title: str, weighs_by_elbo
         axes.plot(*zip(*logged, strict=True), linewidth=0.8, alpha=0.6, label="training, with dropout if any")
     looks = [entry for entry in entries if "eval/bits_per_dim" in entry]
     bits = [entry["eval/bits_per_dim"] for entry in looks]
-    errors = [math.hypot(entry["eval/standard_error"], entry["eval/sampling_error"]) for entry in looks]
+    errors = [math.hypot(entry["eval/standard_error"], entry["eval/sampling_error"] or 0) for entry in looks]
     axes.errorbar(
         [entry["step"] for entry in looks], bits, errors, marker="o", capsize=3, label="held out, averaged weights"
     )

@@ -8,7 +8,8 @@
 One optimiser step sees a global batch of train_batch_size x processes x gradient_accumulation_steps images. Its images, times
 and noise are functions of (seed, step) alone (see randomness.py): a run that was killed and resumed is the run that was not.
 
-Exit codes: 0 done; 2 bad arguments or data; 143 stopped by SIGTERM with its state saved; 1 anything else.
+Exit codes: 0 done; 2 bad arguments or data; 128 + n stopped by signal n (SIGTERM 143, SIGINT 130, SIGHUP 129, SIGUSR1) with its state
+saved; 1 anything else. (torchrun reports every one of them but 0 as its own 1.)
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -m`, runpy and -P leave the script's folder out
 
-from arguments import ARGUMENTS_FILE, Arguments, RunArguments, parse_arguments
+from arguments import ARGUMENTS_FILE, Arguments, OptimizationArguments, RunArguments, parse_arguments
 
 if __name__ == "__main__":
     parse_arguments()  # --help and what cannot be are answered before the seconds that the imports below take
@@ -31,7 +32,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,6 +46,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
     ProjectConfiguration,
+    broadcast_object_list,
     gather_object,
     set_seed,
 )
@@ -61,6 +62,7 @@ from checkpoints import (
     list_checkpoints,
     prune,
     required_bytes,
+    without_nan,
     write_json,
     write_text,
 )
@@ -96,10 +98,12 @@ from latent_models import (
 )
 from networks import compile_network, make_network, no_class_label
 from optimizers import clip_gradients, make_optimizer
+from output_folder import FolderError, RunLock, check_output_dir, set_aside, start_anew
 from plots import image_grid
 from randomness import DataOrder, seed_dropout
 from safetensors.torch import load_file, save_file
 from sharding import clip_divided_gradients, gathered, in_precision, load_gathered_optimizer, requested_sharding, shard
+from stopping import StopSignal, Terminated
 from time_learning import TimeLearning
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -120,7 +124,6 @@ from vdm_diffusers.models.labels import num_classes
 EXIT_FAILED = 1
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 EXIT_BAD_INPUT = 2
-EXIT_TERMINATED = 143  # 128 + SIGTERM: what shells and launchers report for a process that ended on this signal
 STATE_FOLDER = "training_state"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FOLDER = "samples"
@@ -145,15 +148,10 @@ OWN_FILES = (
 NUM_BINS = 16  # of log SNR, for the loss by log SNR
 BATCHES_HELD = 64  # micro-batches whose losses are summed up at once
 BYTES_KEPT_ON_DEVICE = 2 << 30  # data sets up to this size live on the accelerator
-STOP_INTERVAL = 10  # optimiser steps between the processes' agreements on whether to stop
 
 
 class SetupError(RuntimeError):
     """The run cannot start as asked; the message says what to do."""
-
-
-class Terminated(SystemExit):
-    """SIGTERM came and the state has been saved."""
 
 
 # --- before the first step --------------------------------------------------------------------------------------------
@@ -195,30 +193,28 @@ def idle_cores(accelerator: Accelerator) -> str | None:
     )
 
 
-def prepare_output_dir(args: Arguments, accelerator: Accelerator) -> Path:
-    """Make --output_dir, or raise SetupError if it is occupied and this run does not resume."""
-    output_dir = Path(args.run.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise SetupError(f"--output_dir {output_dir} is a file.")
-    occupied = output_dir.is_dir() and any(output_dir.iterdir())
-    if occupied and not args.run.resume_from_checkpoint and not args.run.overwrite_output_dir:
-        raise SetupError(
-            f"--output_dir {output_dir} is not empty. Give another one, --resume_from_checkpoint latest to go on with the run in it, "
-            "or --overwrite_output_dir to start anew."
-        )
-    accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+def prepare_output_dir(args: Arguments, accelerator: Accelerator) -> tuple[Path, RunLock]:
+    """Make --output_dir and hold it, or raise SetupError everywhere if it is occupied or in use."""
+    output_dir, run = Path(args.run.output_dir), args.run
+    lock, problem = RunLock(output_dir), [""]
     if accelerator.is_main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        clean_up(output_dir)
-        if occupied and not args.run.resume_from_checkpoint:
-            for path in [
-                *list_checkpoints(output_dir),
-                *(output_dir / name for name in (*OWN_FILES, args.run.logging_dir)),
-            ]:
-                if path.exists():
-                    discard(path)
-    accelerator.wait_for_everyone()
-    return output_dir
+        try:
+            resume = bool(run.resume_from_checkpoint)
+            check_output_dir(output_dir, OWN_FILES, resume=resume, overwrite=run.overwrite_output_dir)
+            output_dir.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            if run.resume_from_checkpoint:
+                clean_up(output_dir)
+            else:
+                start_anew(output_dir, OWN_FILES, run.logging_dir)
+        except FolderError as error:
+            problem = [str(error)]
+        except OSError as error:
+            problem = [f"--output_dir {output_dir} cannot be written: {error}."]
+    broadcast_object_list(problem)
+    if problem[0]:
+        raise SetupError(problem[0])
+    return output_dir, lock
 
 
 def hub_repository(args: Arguments, output_dir: Path) -> str | None:
@@ -238,9 +234,11 @@ def hub_repository(args: Arguments, output_dir: Path) -> str | None:
         raise SetupError(f"--push_to_hub: {error}") from error
 
 
-def changed_arguments(checkpoint: Path, args: Arguments) -> str | None:
-    """A warning if the run goes on with other arguments that change its course."""
-    before, now = json.loads((checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8"))["arguments"], args.flat()
+def changed_arguments(checkpoint: Path, args: Arguments, global_batch: int) -> str | None:
+    """A warning if the run goes on with other arguments, or on another number of processes, that change its course."""
+    saved = json.loads((checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8"))
+    before, now = saved["arguments"] | {"global batch": saved.get("global_batch")}, args.flat()
+    now |= {"global batch": global_batch}
     harmless = {field.name for field in dataclasses.fields(RunArguments)} | {
         *("cache_dir", "dataloader_num_workers", "decoded_images", "memory_share")
     }
@@ -363,26 +361,6 @@ class Meter:
         return means
 
 
-class StopSignal:
-    """Whether SIGTERM has come, agreed among the processes."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator, self.received = accelerator, False
-        signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, *_: Any) -> None:
-        self.received = True
-
-    def agreed(self, step: int) -> bool:
-        """True on every process or on none: one process looks at every step, several ask each other now and then."""
-        if self.accelerator.num_processes == 1:
-            return self.received
-        if step % STOP_INTERVAL:
-            return False
-        flag = torch.tensor(float(self.received), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
-
-
 def on_cpu(state: Any) -> Any:
     """A copy of nested dictionaries and lists, with the tensors in the host's memory."""
     if isinstance(state, Tensor):
@@ -413,14 +391,33 @@ class Log:
             lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
             kept = [line for line in lines if _whole_entry(line) and json.loads(line)["step"] <= step]
             write_text(self.path, "".join(line + "\n" for line in kept))
+        accelerator.wait_for_everyone()
+        self._evaluated = {
+            json.loads(line)["step"]
+            for line in (self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else [])
+            if '"eval/bits_per_dim"' in line
+        }
+        self._failed = False
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether an earlier part of the run has evaluated this step."""
+        return step in self._evaluated
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One entry: numbers to the tracker, everything to metrics.jsonl."""
-        if self.accelerator.is_main_process:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.tracking:
-            self.accelerator.log({k: v for k, v in values.items() if isinstance(v, (int, float))}, step=step)
+        numbers = {k: v for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        try:
+            if self.accelerator.is_main_process:
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(without_nan({"step": step, **values}), allow_nan=False) + "\n")
+            if self.tracking:
+                self.accelerator.log(numbers, step=step)
+        except OSError as error:  # a full disk of logs is no reason to lose the training
+            if not self._failed:
+                self.accelerator.print(
+                    f"warning: the log could not be written ({error}); training goes on without it."
+                )
+            self._failed = True
 
     def picture(self, step: int, name: str, image: PIL.Image.Image) -> None:
         """A picture to the tracker."""
@@ -449,7 +446,7 @@ def _whole_entry(line: str) -> bool:
 class Training:
     """A run: what is trained, on what, where it stands, and what is done on the way."""
 
-    def __init__(self, args: Arguments, accelerator: Accelerator) -> None:
+    def __init__(self, args: Arguments, accelerator: Accelerator, stack: contextlib.ExitStack) -> None:
         self.args, self.accelerator = args, accelerator
         optimization, device = args.optimization, accelerator.device
         check_launch(accelerator)
@@ -469,11 +466,16 @@ class Training:
             )
         if zero and optimization.channels_last:
             raise SetupError("--channels_last: DeepSpeed lays all weights out in one row.")
-        self.output_dir = prepare_output_dir(args, accelerator)
+        self.output_dir, lock = prepare_output_dir(args, accelerator)
+        stack.callback(lock.release)
         resume_from, self.warnings = None, [*args.notes, idle_cores(accelerator)]
         if args.run.resume_from_checkpoint:
             resume_from, passed_over = find_checkpoint(self.output_dir, args.run.resume_from_checkpoint)
             self.warnings += passed_over
+            accelerator.wait_for_everyone()  # nothing is renamed before everybody has found it
+            if accelerator.is_main_process:
+                self.warnings += set_aside(self.output_dir, resume_from)
+            accelerator.wait_for_everyone()
 
         # a login that is missing is found out now, not in days
         self.repo_id = hub_repository(args, self.output_dir) if accelerator.is_main_process else None
@@ -551,7 +553,7 @@ class Training:
             raise SetupError(str(error)) from error
         self.engine: ZeroEngine | None = None
         if zero is not None:
-            sizes = {"rows": optimization.train_batch_size, "accumulation": optimization.gradient_accumulation_steps}
+            sizes = {"rows": optimization.train_batch_size, "accumulation": accelerator.gradient_accumulation_steps}
             limit = optimization.max_grad_norm or 0.0
             self.engine = ZeroEngine(self.network, optimizer, zero, accelerator, **sizes, max_grad_norm=limit)
             self.model, self.optimizer = self.engine, optimizer
@@ -569,7 +571,7 @@ class Training:
             self._load_optimizer(resume_from)
 
         self.rows = optimization.train_batch_size
-        self.global_batch = self.rows * accelerator.num_processes * optimization.gradient_accumulation_steps
+        self.global_batch = self.rows * accelerator.num_processes * accelerator.gradient_accumulation_steps
         self.num_steps = num_train_steps(args, len(self.train_images), self.global_batch)
         self.writer = CheckpointWriter(in_background=args.run.async_checkpoints)
         self.copied: ModelMixin | None = None  # on the CPU, of the averaged network, for the background writer
@@ -609,10 +611,11 @@ class Training:
         self.meter = Meter(self.scheduler, device)
         self.log = Log(accelerator, args, self.output_dir, self.step)
         self.stop = StopSignal(accelerator)
+        stack.callback(self.stop.restore)
         if accelerator.is_main_process:
             write_json(self.output_dir / ARGUMENTS_FILE, self.description())
         if resume_from is not None:
-            self.warnings += [changed_arguments(resume_from, args)]
+            self.warnings += [changed_arguments(resume_from, args, self.global_batch)]
             accelerator.print(f"resuming from {resume_from} at step {self.step}")
 
     def description(self) -> dict[str, Any]:
@@ -687,7 +690,7 @@ class Training:
         self.begin_stage()
         for group in self.optimizer.param_groups:
             group["lr"] = optimization.learning_rate * self.learning_rate_factor(self.step)
-        for micro_batch in range(optimization.gradient_accumulation_steps):
+        for micro_batch in range(accelerator.gradient_accumulation_steps):
             first = (micro_batch * accelerator.num_processes + accelerator.process_index) * self.rows
             rows = Rows(self.step, first, self.rows, self.global_batch)
             levels, labels = self.batches(self.images_seen + first, self.rows)
@@ -767,6 +770,8 @@ class Training:
             mininterval=0.5,
         )
         self.logged_step, self.training_seconds = self.step, 0.0
+        if 0 < self.step < self.num_steps and self.is_time_to_look() and not self.log.has_evaluation(self.step):
+            self.look()  # which the run before was stopped at
         with bar:
             while self.step < self.num_steps:
                 began = time.perf_counter()
@@ -781,30 +786,45 @@ class Training:
                     loss = values.get("loss", math.nan)
                     bar.set_postfix(loss=f"{loss:.4f}", lr=f"{values['learning_rate']:.1e}", refresh=False)
                     self.writer.check()
-                # before saving: what a kill takes from here, the resumed run does again
-                if run.eval_steps and not (last or stopping) and self.step % run.eval_steps == 0:
-                    self.evaluate()
-                if run.sample_steps and not (last or stopping) and self.step % run.sample_steps == 0:
-                    self.draw_samples()
-                if saving:
+                looking = not (last or stopping) and self.is_time_to_look()
+                if saving or looking:  # first: a kill while it is looked at costs nothing
                     self.save_checkpoint()
                 if stopping:
                     self.writer.wait()
+                    name = self.stop.name
                     accelerator.print(
-                        f"SIGTERM: state saved at step {self.step}; go on with --resume_from_checkpoint latest"
+                        f"{name}: state saved at step {self.step}; go on with --resume_from_checkpoint latest"
                     )
                     self.leave()
-                    raise Terminated(EXIT_TERMINATED)
-        if run.eval_steps != 0:
-            self.evaluate()
-        if run.sample_steps != 0:
-            self.draw_samples()
+                    raise Terminated(128 + self.stop.number)
+                if looking:
+                    self.look()
         self.writer.wait()
         if self.stream is not None:
             self.stream.close()
-        self.save_pipeline()
+        self.save_pipeline()  # before anything that may fail
+        with self.stop.at_once():
+            if run.eval_steps != 0:
+                self.evaluate()
+            if run.sample_steps != 0:
+                self.draw_samples()
         self.publish()
         self.leave()
+
+    def is_time_to_look(self) -> bool:
+        """Whether an evaluation or samples are due at this step."""
+        run = self.args.run
+        return any(every and self.step % every == 0 for every in (run.eval_steps, run.sample_steps))
+
+    def look(self) -> None:
+        """Evaluate and draw samples, where either is due. The state has been saved: a signal ends the run between two operations."""
+        run = self.args.run
+        self.writer.wait()
+        with self.stop.at_once():
+            if run.eval_steps and self.step % run.eval_steps == 0:
+                self.evaluate()
+            if run.sample_steps and self.step % run.sample_steps == 0:
+                self.draw_samples()
 
     def leave(self) -> None:
         """End the trackers and the process group: after DDP's wrapper, the destruction of which with the group's last reference may
@@ -876,7 +896,7 @@ class Training:
 
     def announce(self) -> None:
         """Say what will be done."""
-        optimization, accelerator = self.args.optimization, self.accelerator
+        accelerator = self.accelerator
         for warning in filter(None, self.warnings):
             accelerator.print(warning)
         parameters = sum(p.numel() for p in self.network.parameters())
@@ -897,7 +917,7 @@ class Training:
             f"evaluating on {self.eval_images.name}\n"
             f"network: {self.network_class.__name__}, {parameters / 1e6:.2f}M weights; {objective}\n"
             f"{self.num_steps} optimiser steps of {self.global_batch} images ({self.rows} x {accelerator.num_processes} process(es) x "
-            f"{optimization.gradient_accumulation_steps} micro-batch(es)), {epochs}, on {accelerator.device}{', weights divided' if self.sharding else ', optimiser states divided' if self.engine else ''}, precision {accelerator.mixed_precision}\n"
+            f"{accelerator.gradient_accumulation_steps} micro-batch(es)), {epochs}, on {accelerator.device}{', weights divided' if self.sharding else ', optimiser states divided' if self.engine else ''}, precision {accelerator.mixed_precision}\n"
             f"writing to {self.output_dir}"
         )
 
@@ -1043,7 +1063,7 @@ class Training:
                 write_json(folder / ARGUMENTS_FILE, self.description())
             written = self.output_dir / "pipeline"
             index = "config.json" if self.args.model.model in ("vae", "hvae") else "model_index.json"
-            names = [path.name for path in written.iterdir() if path.name not in (index, "manifest.json")]
+            names = [path.name for path in written.iterdir() if path.name != index]
             (self.output_dir / index).unlink(missing_ok=True)
             for name in [*names, index]:
                 if (self.output_dir / name).exists():
@@ -1086,14 +1106,18 @@ class Training:
                 self.accelerator.print(f"warning: {message} was not pushed to {self.repo_id}: {push.exception()}")
 
         run = self.args.run
-        push = publish_folder(
-            folder,
-            str(self.repo_id),
-            private=run.hub_private_repo or None,
-            commit_message=message,
-            token=run.hub_token,
-            run_as_future=True,
-        )
+        try:
+            push = publish_folder(
+                folder,
+                str(self.repo_id),
+                private=run.hub_private_repo or None,
+                commit_message=message,
+                token=run.hub_token,
+                run_as_future=True,
+            )
+        except OSError as error:  # no room for the copy that is pushed
+            self.accelerator.print(f"warning: {message} was not pushed to {self.repo_id}: {error}")
+            return
         assert isinstance(push, Future)
         push.add_done_callback(report)
 
@@ -1118,9 +1142,12 @@ class Training:
             )
             measurements.append(
                 Measurement(
-                    **{
-                        name: result[name] for name in ("bits_per_dim", "standard_error", "sampling_error", "is_bound")
-                    },
+                    **without_nan(
+                        {
+                            name: result[name]
+                            for name in ("bits_per_dim", "standard_error", "sampling_error", "is_bound")
+                        }
+                    ),
                     method="ELBO" if self.is_latent else f"ELBO in {result['method']} time",
                     num_steps=args.diffusion.ddpm_num_steps if result["method"] == "discrete" else None,
                     log_snr_max=schedule and schedule.log_snr_max,
@@ -1195,6 +1222,20 @@ class Training:
             self.accelerator.scaler.load_state_dict(torch.load(state / "scaler.pt", weights_only=True))
 
 
+def micro_batches(optimization: OptimizationArguments, num_processes: int) -> int:
+    """Forward passes to an optimiser step: as asked, or as many as --global_batch_size takes on this number of processes."""
+    asked = optimization.global_batch_size
+    if asked is None:
+        return optimization.gradient_accumulation_steps
+    at_once = optimization.train_batch_size * num_processes
+    if asked % at_once:
+        raise SetupError(
+            f"--global_batch_size {asked} must be a multiple of --train_batch_size {optimization.train_batch_size} times {num_processes} "
+            "process(es): change --train_batch_size."
+        )
+    return asked // at_once
+
+
 def make_accelerator(args: Arguments) -> Accelerator:
     """Accelerate's view of the machine, with the tracker."""
     logger = None if args.run.logger == "none" else args.run.logger
@@ -1216,7 +1257,7 @@ def make_accelerator(args: Arguments) -> Accelerator:
     except (ValueError, ImportError) as error:  # what this device cannot do, or what is not installed
         raise SetupError(str(error)) from error
     # the launcher's environment for DeepSpeed has one of its own
-    accelerator.gradient_accumulation_steps = args.optimization.gradient_accumulation_steps
+    accelerator.gradient_accumulation_steps = micro_batches(args.optimization, accelerator.num_processes)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate would train in float32
         raise SetupError("--mixed_precision fp16 needs a GPU: on a CPU take bf16, or no.")
     return accelerator
@@ -1229,8 +1270,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         accelerator = make_accelerator(args)
         with contextlib.ExitStack() as stack:
-            stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
-            Training(args, accelerator).train()
+            Training(args, accelerator, stack).train()
     except (SetupError, DataError, CheckpointError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # Accelerate itself may be what failed
             print(f"train.py: error: {error}", file=sys.stderr)

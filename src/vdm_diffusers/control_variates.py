@@ -19,7 +19,8 @@ A surrogate of the network's loss,
 
 with weights w_i in {1, s_i, |x_i|, s_i |x_i|} that are known for an image (s: the standard deviation in a neighbourhood of 3 pixels a side), and
 coefficients that are functions of log SNR fitted to other evaluations, has a known expectation and a known integral over log SNR:
-only the rest needs Monte Carlo. Bad coefficients cost variance, never bias.
+only the rest needs Monte Carlo. The known integral is exact where the quadrature is: it has an edge wherever a mean jumps
+(`Controls.jumps`). Then bad coefficients cost variance, not bias.
 
 Source: control variates are classical (Owen, "Monte Carlo theory, methods and examples", chapter 8).
 """
@@ -30,6 +31,7 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -260,6 +262,12 @@ class Controls:
         return 2 if self.pixel is None else 3
 
     @property
+    def jumps(self) -> Tensor:
+        """Log SNRs at which a mean is not continuous: where the denoiser by pixels begins to be used."""
+        ends = [] if self.pixel is None or len(self.pixel.values) <= _WINDOW else [float(self.pixel.knots[0])]
+        return torch.tensor(ends, dtype=torch.float64)
+
+    @property
     def num_features(self) -> int:
         return 7 if self.pixel is None else 12
 
@@ -348,7 +356,11 @@ class Surrogate:
 
     def at(self, log_snr: Tensor) -> Tensor:
         """The coefficients at log SNRs of any shape: (..., F)."""
-        return hat_weights(self.knots, log_snr.flatten()).matmul(self.coefficients).reshape(*log_snr.shape, -1)
+        return (
+            hat_weights(self.knots, log_snr.flatten())
+            .matmul(self.coefficients)
+            .reshape(*log_snr.shape, self.coefficients.shape[1])
+        )
 
 
 def hat_weights(knots: Tensor, log_snr: Tensor) -> Tensor:
@@ -367,13 +379,10 @@ def hat_weights(knots: Tensor, log_snr: Tensor) -> Tensor:
 
 def gauss_legendre(edges: Tensor, order: int = 8) -> tuple[Tensor, Tensor]:
     """Nodes and weights of Gauss-Legendre quadrature on every interval between increasing edges, float64."""
-    # Golub & Welsch: nodes are the eigenvalues of the Jacobi matrix, weights come from its eigenvectors
-    k = torch.arange(1, order, dtype=torch.float64)
-    beta = k / torch.sqrt(4 * k**2 - 1)
-    nodes, vectors = torch.linalg.eigh(torch.diag(beta, 1) + torch.diag(beta, -1))
+    nodes, weights = (torch.from_numpy(part) for part in np.polynomial.legendre.leggauss(order))
     half = edges.diff()[:, None] / 2
     middle = (edges[1:] + edges[:-1])[:, None] / 2
-    return (middle + half * nodes).flatten(), (half * 2 * vectors[0] ** 2).flatten()
+    return (middle + half * nodes).flatten(), (half * weights).flatten()
 
 
 def _transform(x: Tensor, axes: tuple[Tensor, ...]) -> Tensor:

@@ -15,6 +15,8 @@ the code files that `publish_folder` adds (`travelling_code`): the package's own
 from __future__ import annotations
 
 import ast
+import contextlib
+import hashlib
 import io
 import json
 import math
@@ -27,7 +29,7 @@ import shutil
 import sys
 import tempfile
 import tokenize
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -35,7 +37,17 @@ from functools import cache
 from importlib import metadata
 
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, get_token
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    get_token,
+)
+from huggingface_hub.hf_api import RepoFile
 
 HUB_NAMESPACE: str | None = None
 """Where the models of `model_cards/` live on the Hub. While it is None they are loaded from that folder of a checkout."""
@@ -43,7 +55,11 @@ HUB_NAMESPACE: str | None = None
 CODE_FILE = "vdm_diffusers.py"
 CODE_PATHS = (CODE_FILE, f"unet/{CODE_FILE}", f"scheduler/{CODE_FILE}")
 PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".gif")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+# of users, of organisations, and those that the Hub gives to apps and jobs
+_TOKEN = re.compile(r"\b(?:hf_(?:oauth_|jwt_)|api_org_|hf_)[A-Za-z0-9][\w.-]{15,}")
+_WEIGHT_FILE = re.compile(
+    r"(?:diffusion_pytorch_model|model)\S*\.(?:safetensors|bin|index\S*\.json|safetensors\.index\S*\.json)"
+)
 _UPLOAD_TRIES = 3
 
 
@@ -55,13 +71,16 @@ def model_location(name: str) -> str:
 # --- pushing ----------------------------------------------------------------------------------------------------------
 
 
-def check_hub_access(repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+def check_hub_access(
+    repo_id: str, *, private: bool | None = None, token: str | None = None, create_pr: bool = False
+) -> str:
     """Make sure that `repo_id` can be pushed to, and create it if it does not exist: before hours are spent on training.
 
     Arguments:
         repo_id: "namespace/name", or "name" for the user's own namespace.
         private: of a new repository; None: as the namespace has it. True refuses an existing public one.
         token: None: the one that `hf auth login` or HF_TOKEN left.
+        create_pr: a pull request is to be opened, which anybody may do in anybody's repository that exists.
     Returns:
         The full "namespace/name".
     Raises:
@@ -77,6 +96,8 @@ def check_hub_access(repo_id: str, *, private: bool | None = None, token: str | 
         raise PermissionError(
             f"`token` may only read, pushing to {repo_id!r} needs one that may write: hf auth login."
         )
+    if create_pr and "/" in repo_id:
+        return api.repo_info(repo_id).id
     if namespace not in (user["name"], *(org["name"] for org in user.get("orgs", []))):
         raise PermissionError(
             f"{user['name']} may not push to {repo_id!r}: {namespace} is neither that user nor an own organisation."
@@ -156,7 +177,8 @@ def _push(
     tag: str | None,
     commit_message: str,
 ) -> CommitInfo:
-    repo_id = check_hub_access(repo_id, private=private, token=api.token if isinstance(api.token, str) else None)
+    token = api.token if isinstance(api.token, str) else None
+    repo_id = check_hub_access(repo_id, private=private, token=token, create_pr=create_pr)
     refs = api.list_repo_refs(repo_id)
     if revision is not None and not create_pr and revision not in {branch.name for branch in refs.branches}:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -168,12 +190,14 @@ def _push(
         content["README.md"] = _short_card(repo_id, folder).encode()
     if _class_name(folder) == "VDMPipeline":
         content.update(dict.fromkeys(CODE_PATHS, travelling_code().encode()))
+    base = None if create_pr else revision
+    stale = _stale_weights(api.list_repo_files(repo_id, revision=base), content)
     tags = {held.name: held.target_commit for held in refs.tags}
     if tag in tags:
         head = api.repo_info(repo_id, revision=revision).sha
-        if tags[tag] != head:
+        if tags[tag] != head or stale or not _is_held(api, repo_id, revision, content):
             raise ValueError(
-                f"`tag` {tag!r} exists in {repo_id} and is another commit ({tags[tag]}): choose a new one."
+                f"`tag` {tag!r} exists in {repo_id} and is another commit ({tags[tag]}): choose a new one. Nothing was sent."
             )
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in sorted(content.items())]
     for tries_left in reversed(range(_UPLOAD_TRIES)):
@@ -185,16 +209,68 @@ def _push(
                 raise
     commit = api.create_commit(
         repo_id,
-        additions,
+        [*additions, *(CommitOperationDelete(path_in_repo=name) for name in stale)],
         commit_message=commit_message,
         revision=revision,
         create_pr=create_pr,
     )
-    if tag in tags and tags[tag] != commit.oid:
-        raise ValueError(f"pushed as {commit.oid}, but `tag` {tag!r} is the commit before it: choose a new one.")
     if tag is not None and tag not in tags:
         api.create_tag(repo_id, tag=tag, revision=commit.oid)
     return commit
+
+
+def _stale_weights(held: Sequence[str], content: Mapping[str, object]) -> list[str]:
+    """Weight files of the pushed components and variants that the push does not replace.
+
+    A leftover index would keep the old weights in force.
+    """
+    pushed = (pathlib.PurePosixPath(name) for name in content if name.endswith(".safetensors"))
+    fresh = {(path.parent, _variant(path)) for path in pushed}
+    paths = (pathlib.PurePosixPath(name) for name in held if name not in content)
+    return [str(p) for p in paths if _WEIGHT_FILE.fullmatch(p.name) and (p.parent, _variant(p)) in fresh]
+
+
+def _is_held(api: HfApi, repo_id: str, revision: str | None, content: Mapping[str, bytes | str]) -> bool:
+    """Whether the repository holds exactly these files already."""
+    held = {info.path: info for info in api.get_paths_info(repo_id, list(content), revision=revision)}
+    for name, value in content.items():
+        data = value if isinstance(value, bytes) else pathlib.Path(value).read_bytes()
+        info = held.get(name)
+        if not isinstance(info, RepoFile):
+            return False
+        if info.lfs is not None:
+            same = info.lfs.sha256 == hashlib.sha256(data).hexdigest()
+        else:
+            same = info.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+        if not same:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def replacing_weights(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Whatever the block saves into a pipeline's folder replaces the weights of its components whole, of the same variant.
+
+    Weights that were saved in shards before leave an index, which would keep the old ones in force.
+    """
+
+    def weights() -> dict[pathlib.Path, tuple[int, int]]:
+        found = (path for path in pathlib.Path(folder).glob("*/*") if _WEIGHT_FILE.fullmatch(path.name))
+        return {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in found}
+
+    before = weights()
+    yield
+    after = weights()
+    fresh = {(path.parent, _variant(path)) for path, state in after.items() if before.get(path) != state}
+    for path, state in before.items():
+        if after.get(path) == state and (path.parent, _variant(path)) in fresh:
+            path.unlink()
+
+
+def _variant(path: pathlib.PurePath) -> str:
+    """The variant in a weight file's name, "" for none: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, ..."""
+    name = re.sub(r"-\d{5}-of-\d{5}|\.index|\.safetensors|\.bin|\.json", "", path.name)
+    return name.partition(".")[2]
 
 
 def _index(folder: pathlib.Path) -> pathlib.Path:
@@ -473,7 +549,7 @@ class Measurement:
 
     Arguments:
         bits_per_dim: mean over the images.
-        standard_error: of the estimator, for these images. sampling_error: between images, std / sqrt(N).
+        standard_error: of the estimator, for these images. sampling_error: between images, std / sqrt(N); None for one image.
         method: for people, such as "ELBO in continuous time". is_bound: an upper bound, or the likelihood itself.
         num_steps: of the discrete chain or the solver; None in continuous time.
         log_snr_max, log_snr_min: the end points of the schedule; None for a model without one.
@@ -484,7 +560,7 @@ class Measurement:
 
     bits_per_dim: float
     standard_error: float
-    sampling_error: float
+    sampling_error: float | None
     method: str
     is_bound: bool
     num_steps: int | None
@@ -499,13 +575,16 @@ class Measurement:
 
     def __post_init__(self) -> None:
         _require_text(self, "method")
+        one_image = isinstance(self.data, EvaluationData) and self.data.num_images == 1
         for name in ("bits_per_dim", "standard_error", "sampling_error", "log_snr_max", "log_snr_min"):
             value = getattr(self, name)
             if value is None and name.startswith("log_snr") and self.log_snr_max is self.log_snr_min:
                 continue
+            if name == "sampling_error" and value is None and one_image:
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
-        if min(self.standard_error, self.sampling_error) < 0:
+        if min(self.standard_error, self.sampling_error or 0) < 0:
             raise ValueError(
                 f"`standard_error` and `sampling_error` must not be negative, got {self.standard_error} and {self.sampling_error}."
             )
@@ -518,7 +597,7 @@ class Measurement:
     @property
     def error(self) -> float:
         """Both errors combined."""
-        return math.hypot(self.standard_error, self.sampling_error)
+        return math.hypot(self.standard_error, self.sampling_error or 0)
 
 
 @dataclass(frozen=True)
@@ -625,7 +704,7 @@ def _eval_result(m: Measurement) -> EvalResult:
         metric_value=round(float(m.bits_per_dim), 6),
         metric_args={
             "standard_error": float(m.standard_error),
-            "sampling_error": float(m.sampling_error),
+            "sampling_error": None if m.sampling_error is None else float(m.sampling_error),
             "method": m.method,
             "is_bound": m.is_bound,
             "num_steps": "continuous time" if m.num_steps is None else m.num_steps,
@@ -656,7 +735,11 @@ def _figures(measurements: Sequence[Measurement]) -> str:
         ends = "-" if m.log_snr_max is None else f"{m.log_snr_max:g}, {m.log_snr_min:g}"
         rows.append(f"| {data} | {bound}{m.bits_per_dim:.4f} ± {m.error:.4f} | {split} | {m.method}{steps} | {ends} |")
     errors = [
-        f"The error combines the estimator's own ({m.standard_error:.2g}) with that between images ({m.sampling_error:.2g}).\n\n"
+        (
+            f"The error is the estimator's own: one image says nothing of others ({m.standard_error:.2g}).\n\n"
+            if m.sampling_error is None
+            else f"The error combines the estimator's own ({m.standard_error:.2g}) with that between images ({m.sampling_error:.2g}).\n\n"
+        )
         + _provenance_table(m.provenance, {"model evaluations": str(m.num_model_evaluations)})
         for m in measurements
     ]

@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, TypeGuard, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -62,6 +62,8 @@ _GROUPS = 32  # groups of images with shifts of their own: the degrees of freedo
 _FITTED = 200_000  # evaluations that control variates are fitted to, at most
 _KNOTS = 32  # of the functions of log SNR that are learned, at most
 _NOISE_BLOCK = 16  # evaluations of one image whose noise comes from one seed
+_LONGEST_INTERVAL = 0.5  # of log SNR, for Gauss's rule: the means of the controls are smooth, but not flat
+_LEAST_FREEDOM = 24  # degrees of freedom of an error that decides how many evaluations follow
 _STRATA = 4  # evaluations of one image, neighbours in log SNR, whose noises are stratified together
 
 
@@ -125,6 +127,7 @@ class LikelihoodReport:
             "bits_per_dim": self.bits_per_dim,
             "standard_error": self.standard_error,
             "sampling_error": None if math.isnan(self.sampling_error) else self.sampling_error,
+            "total_error": None if math.isnan(self.total_error) else self.total_error,
             **{name: None if term is None else self._bits(term) for name, term in terms.items()},
             "is_bound": self.is_bound,
             "num_images": len(self.nats),
@@ -143,9 +146,14 @@ class LikelihoodReport:
 
     def __str__(self) -> str:
         bound = " (upper bound)" if self.is_bound else ""
+        is_density = self.settings.get("num_levels", 0) is None  # continuous data, whose usual unit is nats
+        value, unit, scale = (
+            (self.nats_per_dim, "nats", math.log(2)) if is_density else (self.bits_per_dim, "bits", 1.0)
+        )
+        images = f" +- {self.sampling_error * scale:.4f} (images)" if len(self.nats) > 1 else ""
         return (
-            f"{self.bits_per_dim:.4f} bits/dim{bound}, {self.method}, {len(self.nats)} images: "
-            f"+- {self.standard_error:.4f} (estimator) +- {self.sampling_error:.4f} (images)"
+            f"{value:.4f} {unit}/dim{bound}, {self.method}, {len(self.nats)} image{'s' if len(self.nats) > 1 else ''}: "
+            f"+- {self.standard_error * scale:.4f} (estimator){images}"
         )
 
 
@@ -301,8 +309,9 @@ class ContinuousTerm(DiffusionTerm):
 
     def quadrature(self, knots: Tensor) -> tuple[Tensor, Tensor]:
         inside = knots[(knots > self.log_snr_min) & (knots < self.log_snr_max)]
-        ends = knots.new_tensor([self.log_snr_min, self.log_snr_max])
-        return gauss_legendre(torch.cat([ends[:1], inside, ends[1:]]))
+        number = math.ceil((self.log_snr_max - self.log_snr_min) / _LONGEST_INTERVAL) + 1
+        even = torch.linspace(self.log_snr_min, self.log_snr_max, number, dtype=torch.float64)
+        return gauss_legendre(torch.cat([even, inside]).unique())
 
     def log_snr(self, site: Tensor) -> Tensor:
         return site
@@ -550,7 +559,6 @@ class _Layout:
 
     replicate: Tensor
     is_decoder: Tensor
-    whole_sums: bool
 
     @property
     def num_replicates(self) -> int:
@@ -564,7 +572,7 @@ class _Layout:
         return use * len(use) + (columns - torch.searchsorted(use, use)) // _STRATA
 
     @classmethod
-    def of(cls, num_images: int, num_samples: int, term: DiffusionTerm, decoder: Decoder, share: float) -> _Layout:
+    def of(cls, num_images: int, num_samples: int, decoder: Decoder, share: float) -> _Layout:
         least = _fewest_samples(decoder)
         if num_samples < 2 * least:
             raise ValueError(
@@ -572,17 +580,13 @@ class _Layout:
                 f"estimates{', each with the network at x_1 and at another step' if least > 1 else ''}."
             )
         own = least - 1  # evaluations that the decoder needs in each replicate
-        if _whole_sums(term, decoder, num_samples):
-            replicates = num_samples // (term.num_steps + own)
-            sizes, decoders = [term.num_steps + own] * replicates, [own] * replicates
-        else:
-            groups = math.ceil(num_images / _group_size(num_images))
-            replicates = max(2, min(8, math.ceil(16 / groups) + 1, num_samples // (2 * least)))
-            sizes = [num_samples // replicates + (r < num_samples % replicates) for r in range(replicates)]
-            decoders = [own * max(1, min(size - 1, round(share * size))) for size in sizes]
+        groups = math.ceil(num_images / _group_size(num_images))
+        replicates = max(2, min(8, math.ceil(16 / groups) + 1, num_samples // (2 * least)))
+        sizes = [num_samples // replicates + (r < num_samples % replicates) for r in range(replicates)]
+        decoders = [own * max(1, min(size - 1, round(share * size))) for size in sizes]
         replicate = torch.repeat_interleave(torch.arange(replicates), torch.tensor(sizes))
         is_decoder = torch.cat([torch.arange(size) < first for size, first in zip(sizes, decoders, strict=True)])
-        return cls(replicate, is_decoder, _whole_sums(term, decoder, num_samples))
+        return cls(replicate, is_decoder)
 
     def place(
         self, num_images: int, term: DiffusionTerm, profile: Profile | None, generator: torch.Generator
@@ -593,10 +597,6 @@ class _Layout:
         for r in range(self.num_replicates):
             columns = ((self.replicate == r) & ~self.is_decoder).nonzero()[:, 0]
             n = len(columns)
-            if self.whole_sums:
-                sites[:, columns] = torch.arange(1.0, n + 1, dtype=torch.float64)
-                inverse_density[:, columns] = n
-                continue
             # one lattice over all images of the group, dealt to them at random
             order = torch.randperm(num_images, generator=generator)
             shift = torch.rand((), generator=generator, dtype=torch.float64)
@@ -673,6 +673,8 @@ def evaluate_bound(
 ) -> LikelihoodReport:
     """The bound for integer images from `num_samples` evaluations of the network for each, stratified.
 
+    The steps of a `DiscreteTerm` are strata too: they are drawn in proportion to what they add to the error, and not each once.
+
     A first round of evaluations (an eighth of them, if there are enough) is placed by a fixed density, and shows where the rest is
     worth most: at log SNRs in proportion to the standard deviation of what is to be averaged. Control variates
     (`control_variates`) are fitted to all evaluations, for each half of the images on the other half (cross-fitting), so
@@ -683,13 +685,14 @@ def evaluate_bound(
         term: `ContinuousTerm` or `DiscreteTerm`: the diffusion term that is estimated.
         decoder: `SoftmaxDecoder` (at z_0) or `GaussianDecoder` (at x_1, with a part of the evaluations).
         prior_log_snr: log SNR of z_1.
-        num_samples: evaluations of the network for an image. If they suffice for every step of a `DiscreteTerm`, whole sums
-            are computed, as many as they allow.
+        num_samples: evaluations of the network for an image.
         batch_size: evaluations at a time. The result does not depend on it (but for rounding in the network).
         seed: of the noise and the shifts. Every image has noise of its own, whatever its place in a batch.
         variance_reduction: use importance sampling, stratified noise and control variates; False leaves the plain average over the
             lattices.
-        target_standard_error: bits/dim; go on with further rounds until the estimate's error is at most this.
+        target_standard_error: bits/dim; go on with further rounds until the estimate's error should be at most this. Independent
+            evaluations decide it, the first `num_samples` and later an eighth, and are left out of the estimate, which is therefore
+            unbiased. The error that is reported is the estimate's own, and may come out a little above the target.
         max_model_evaluations: stop before more than these, reached or not. `num_samples` for each image come first.
         progress: called with the number of evaluations done, after every batch.
         runner: see `Runner`.
@@ -715,24 +718,9 @@ def evaluate_bound(
         runner=runner,
         curve=_LossCurve(),
     )
-    rounds: list[_Round] = []
-    profile = None
+    rounds, deciding = _evaluate_rounds(problem, num_samples, budget)
+    estimate = _estimate(problem, rounds, deciding)
     scale = problem.num_dims * math.log(2) * count
-    sizes = _round_sizes(count, num_samples, term, decoder, variance_reduction)
-    least = 2 * _fewest_samples(decoder)
-    if _whole_sums(term, decoder, num_samples):
-        least = term.num_steps + _fewest_samples(decoder) - 1
-    while sizes:
-        rounds.append(_evaluate(problem, sizes.pop(0), profile, rounds))
-        if variance_reduction:
-            profile = _learned_profile(problem, rounds)
-        if sizes:
-            continue
-        estimate = _estimate(problem, rounds)
-        done = sum(r.nats.shape[1] for r in rounds)
-        size = budget.next_round(math.sqrt(estimate.variance) / scale, done, done * count, least)
-        sizes = [size] if size > 0 else []
-
     prior = torch.cat(
         [prior_kl(problem.encode(part), prior_log_snr) for part in torch.arange(count).split(1024)]
     ).double()
@@ -748,9 +736,52 @@ def evaluate_bound(
         num_dims=problem.num_dims,
         standard_error=math.sqrt(estimate.variance) / scale,
         is_bound=True,
-        num_model_evaluations=count * sum(r.nats.shape[1] for r in rounds),
+        num_model_evaluations=count * sum(r.nats.shape[1] for r in (*rounds, *deciding)),
         loss_curve=problem.curve.to_dict(problem.num_dims),
     )
+
+
+def _evaluate_rounds(problem: _Problem, num_samples: int, budget: Budget) -> tuple[list[_Round], list[_Round]]:
+    """The rounds that are reported, and those that decided how many they are; the latter only where a target is asked for.
+
+    Losses are skewed: where an estimate happens to be low its error is low too. Going on until the error of an estimate is small
+    therefore stops at low estimates. So independent rounds, the first ones and later an eighth, say what an evaluation is worth.
+    """
+    count, decoder = len(problem.levels), problem.decoder
+    scale = problem.num_dims * math.log(2) * count
+    least = 2 * _fewest_samples(decoder)
+    rounds: list[_Round] = []
+    deciding: list[_Round] = []
+    profile = None
+
+    def evaluate(size: int, into: list[_Round]) -> None:
+        nonlocal profile
+        into.append(_evaluate(problem, size, profile, [*deciding, *rounds]))
+        if problem.variance_reduction:
+            profile = _learned_profile(problem, [*deciding, *rounds])
+
+    for size in _round_sizes(count, num_samples, decoder, problem.variance_reduction):
+        evaluate(size, deciding)
+    if budget.target_standard_error is None:
+        return deciding, []
+    groups = int(problem.groups[-1]) + 1
+    while True:
+        done, decided = (sum(r.nats.shape[1] for r in part) for part in (rounds, deciding))
+        freedom = groups * sum(r.layout.num_replicates - 1 for r in deciding)
+        if freedom < _LEAST_FREEDOM or decided < done // 8:
+            size, into = max(8 * least, (done // 8 - decided) // least * least), deciding
+        else:
+            variance = _estimate(problem, deciding, rounds).variance * decided
+            size = budget.next_round(math.sqrt(variance) / scale, done, max(done, decided), least)
+            into = rounds
+        room = budget.room(count, done + decided) // least * least
+        if size > 0 and room > 0:
+            evaluate(min(size, room), into)
+        if (
+            size == 0 or size >= room
+        ):  # the target, or the limit; by which the part is reported that has more evaluations
+            done, decided = (sum(r.nats.shape[1] for r in part) for part in (rounds, deciding))
+            return (rounds, deciding) if size == 0 or done >= decided else (deciding, rounds)
 
 
 def _fit_controls(model: DenoisingModel, levels: Tensor, term: DiffusionTerm) -> Controls:
@@ -769,15 +800,8 @@ def _fewest_samples(decoder: Decoder) -> int:
     return 2 if isinstance(decoder, GaussianDecoder) else 1
 
 
-def _whole_sums(term: DiffusionTerm, decoder: Decoder, num_samples: int) -> TypeGuard[DiscreteTerm]:
-    return isinstance(term, DiscreteTerm) and num_samples >= term.num_steps + _fewest_samples(decoder) - 1
-
-
-def _round_sizes(count: int, num_samples: int, term: DiffusionTerm, decoder: Decoder, adaptive: bool) -> list[int]:
+def _round_sizes(count: int, num_samples: int, decoder: Decoder, adaptive: bool) -> list[int]:
     """Evaluations of an image in the pilot and in the main round, or in the only one if there is nothing to learn."""
-    if _whole_sums(term, decoder, num_samples):
-        size = term.num_steps + _fewest_samples(decoder) - 1
-        return [num_samples // size * size]
     least = 2 * _fewest_samples(decoder)
     pilot = max(least, num_samples // 8, min(num_samples // 4, math.ceil(512 / count)))
     if not adaptive or pilot * count < 192 or num_samples - pilot < least:
@@ -789,7 +813,7 @@ def _evaluate(problem: _Problem, num_samples: int, profile: Profile | None, befo
     """A round: `num_samples` further evaluations of every image."""
     count, term, number = len(problem.levels), problem.term, len(before)
     share = 0.125 if profile is None else profile.decoder_share
-    layout = _Layout.of(count, num_samples, term, problem.decoder, share)
+    layout = _Layout.of(count, num_samples, problem.decoder, share)
     groups = torch.arange(count).split(_group_size(count))
     placed = [
         layout.place(
@@ -809,6 +833,11 @@ def _evaluate(problem: _Problem, num_samples: int, profile: Profile | None, befo
         for i, rows in enumerate(blocks)
     ]
     nats, loss, *features = torch.cat(problem.runner(work), dim=1)
+    if not bool(nats.isfinite().all()):
+        raise ValueError(
+            f"the loss is not finite at log_snr = {float(log_snr[~nats.isfinite()][0]):.3g}: the network's outputs are too large for "
+            "float32, as of a diverged training. No likelihood can be computed."
+        )
     problem.curve.add(log_snr, loss)
     return _Round(layout, site, inverse_density, log_snr, nats, torch.stack(features, dim=-1))
 
@@ -819,8 +848,7 @@ def _evaluate_block(
     """(2 + F, m, n) of the images `rows`: nats, |eps - eps_hat|^2, and the features of the surrogate."""
     n = site.shape[1]
     model, decoder, device = problem.model, problem.decoder, problem.device
-    # without replicates the steps' own scatter gives the error, and they must be independent
-    strata = layout.strata if problem.variance_reduction and layout.num_replicates > 1 else None
+    strata = layout.strata if problem.variance_reduction else None
     result = torch.empty(2 + problem.controls.num_features, len(rows), n, dtype=torch.float64)
     for flat in torch.arange(len(rows) * n).split(problem.batch_size):
         row, column = flat // n, flat % n
@@ -859,15 +887,14 @@ class _Estimate:
 
 
 def _folds(problem: _Problem, layout: _Layout) -> Tensor:
-    """(N, n) of 0 and 1: surrogates for one are fitted to the other, which has other noise and other shifts."""
+    """(N, n) of 0 and 1. Cross-fitting: the surrogate that is subtracted in fold f is fitted to fold 1 - f.
+
+    The two folds have independent noise and shifts, so that the estimate stays unbiased.
+    """
     groups = problem.groups
     if int(groups[-1]) > 0:
-        fold = (groups % 2)[:, None].expand(-1, len(layout.replicate))
-    elif layout.num_replicates > 1:
-        fold = (layout.replicate % 2).expand(len(groups), -1)
-    else:  # whole sums have no shifts
-        fold = (torch.arange(len(layout.replicate)) % 2).expand(len(groups), -1)
-    return fold
+        return (groups % 2)[:, None].expand(-1, len(layout.replicate))
+    return (layout.replicate % 2).expand(len(groups), -1)
 
 
 def _records(problem: _Problem, rounds: list[_Round], fold: int | None, of_decoder: bool) -> tuple[Tensor, ...]:
@@ -942,11 +969,13 @@ def _learned_profile(problem: _Problem, rounds: list[_Round]) -> Profile:
     return replace(profile, decoder_share=sd_decoder / max(sd_decoder + sd_diffusion, 1e-300))
 
 
-def _estimate(problem: _Problem, rounds: list[_Round]) -> _Estimate:
-    """What all rounds together say of every image, and the variance of their sum."""
-    count, num_dims = len(problem.levels), problem.num_dims
+def _estimate(problem: _Problem, rounds: list[_Round], others: Sequence[_Round] = ()) -> _Estimate:
+    """What `rounds` together say of every image, and the variance of their sum. Surrogates are fitted to the `others` too."""
+    num_dims = problem.num_dims
     surrogates = {
-        (fold, own): _fit(problem, rounds, 1 - fold, own) if problem.variance_reduction else problem.no_surrogate
+        (fold, own): _fit(problem, [*rounds, *others], 1 - fold, own)
+        if problem.variance_reduction
+        else problem.no_surrogate
         for fold in (0, 1)
         for own in ((False, True) if isinstance(problem.decoder, GaussianDecoder) else (False,))
     }
@@ -969,29 +998,22 @@ def _estimate(problem: _Problem, rounds: list[_Round]) -> _Estimate:
                 first[chosen] = known[f][:, None].expand(r.nats.shape)[chosen]
         total = rest + first
         means.append(torch.stack([_replicate_means(total, r.layout, own) for own in (False, True)]))  # (2, N, R)
-        spread = _replicate_means(rest.square(), r.layout, False).mean() / int((~r.layout.is_decoder).sum())
-        weights.append(1 / float(spread.clamp(min=1e-300)))
-        if r.layout.num_replicates == 1:
-            collapsed = _collapsed_strata(rest, r.layout)
+        # not by the inverse of a variance seen in the same losses: where these are skewed, a low mean comes with a low variance
+        weights.append(rest.shape[1])
     share = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     diffusion, decoder = sum(w * m.mean(2) for w, m in zip(share, means, strict=True))
     variance = 0.0
-    for w, m, r in zip(share.tolist(), means, rounds, strict=True):
-        if r.layout.num_replicates == 1:
-            variance += w**2 * collapsed
-            continue
+    for w, m in zip(share.tolist(), means, strict=True):
         sums = torch.zeros(int(problem.groups[-1]) + 1, m.shape[2], dtype=torch.float64)
         sums.index_add_(0, problem.groups, m.sum(0))
         variance += w**2 * float(sums.var(1).sum()) / m.shape[2]
-    if len(rounds) == 1 and rounds[0].layout.num_replicates == 1 and count > 1:  # both are upper limits
-        variance = min(variance, count * float((diffusion + decoder).var()))
     return _Estimate(diffusion, decoder, variance)
 
 
 def _known_part(problem: _Problem, surrogate: Surrogate) -> Tensor:
     """(N,) the sum or integral over all sites of the constant and of the surrogate's expectation."""
     term = problem.term
-    site, weight = term.quadrature(surrogate.knots)
+    site, weight = term.quadrature(torch.cat([surrogate.knots, problem.controls.jumps]))
     log_snr = term.log_snr(site)
     coefficients = (weight * term.scale(site))[:, None] * surrogate.at(log_snr)[:, : problem.controls.num_means]
     constant = (weight * term.constant(site, problem.num_dims)).sum()
@@ -1005,19 +1027,6 @@ def _replicate_means(nats: Tensor, layout: _Layout, of_decoder: bool) -> Tensor:
     chosen = layout.is_decoder == of_decoder
     member = (layout.replicate == torch.arange(layout.num_replicates)[:, None]) & chosen
     return nats @ (member / member.sum(1, keepdim=True).clamp(min=1)).double().T
-
-
-def _collapsed_strata(rest: Tensor, layout: _Layout) -> float:
-    """The variance of the sum over images of whole sums that were computed once, from evaluations (N, n).
-
-    Neighbouring steps stand for two draws of the same (the method of collapsed strata), which can only overstate the variance.
-    """
-    steps = rest / torch.where(layout.is_decoder, 1, (~layout.is_decoder).sum())
-    pairs = steps[:, : steps.shape[1] // 2 * 2].unflatten(1, (-1, 2)).diff(dim=2)
-    variance = float(pairs.square().sum())
-    if steps.shape[1] % 2:
-        variance += float((steps[:, -1:] - steps[:, -2:-1]).square().sum())
-    return variance
 
 
 def sample_chain(
@@ -1098,7 +1107,9 @@ def measure_mse(
             return sum64(value**2)
         return bands.sums(bands.transform(as_float64(value)) ** 2).to("cpu", torch.float64)
 
-    # an image's evaluations are spread over the knots, and every knot sees images from everywhere
+    # An image's evaluations are spread over the knots, and every knot sees images from everywhere. An image has the same noise at
+    # each: a curve whose neighbouring values err alike tells a grid where it falls, and not where it happened to come out low.
+    repeats = max(1, num_samples // len(knots))
     position = torch.arange(total).reshape(num_samples, count).T.flatten()
     index_of_knot = position * len(knots) // total
     shape = (len(knots),) if bands is None else (len(knots), levels.shape[1], len(bands.counts))
@@ -1107,7 +1118,7 @@ def measure_mse(
         index, column = flat // num_samples, flat % num_samples
         k = levels[index].to(device)
         x = model.encode(k)
-        noise = _noise(index, column, x.shape[1:], seed, -1).to(device)
+        noise = _noise(index, column % repeats, x.shape[1:], seed, -1).to(device)
         log_snr = knots[index_of_knot[flat]]
         z_t = diffuse(x, noise, log_snr)
         value, _ = model.outputs(z_t, log_snr, index)

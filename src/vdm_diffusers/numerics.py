@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from numbers import Integral
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,11 @@ def as_float64(value: Tensor | Sequence[float] | float) -> Tensor:
     """`value` as a float64 tensor on its own device, or the CPU for numbers; float32 where the device has no float64 (MPS)."""
     tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype itself, or float32 for half precision."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -88,6 +94,29 @@ def minus_log1p(x: Tensor) -> Tensor:
 def on_host(*tensors: Tensor) -> bool:
     """Whether the values may be looked at for free: on the CPU, and not while torch.compile traces."""
     return not torch.compiler.is_compiling() and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def as_generator(generator: Any) -> Any:
+    """A generator, a list of them, or None as it is; a whole number becomes a generator with that seed.
+
+    Raises ValueError for anything else.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    if isinstance(generator, (list, tuple)) and all(isinstance(one, torch.Generator) for one in generator):
+        return list(generator)
+    if isinstance(generator, Integral) and not isinstance(generator, bool):
+        return torch.Generator().manual_seed(int(generator))
+    raise ValueError(f"`generator` must be a torch.Generator or a seed, got {type(generator).__name__}.")
+
+
+def whole_number(name: str, value: Any) -> Any:
+    """A whole number of any type (NumPy's too) as an int; None stays. Raises ValueError for anything else."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ValueError(f"`{name}` must be a whole number, got {value!r}.")
+    return int(value)
 
 
 def noise_like(x: Tensor, generator: torch.Generator | None = None) -> Tensor:

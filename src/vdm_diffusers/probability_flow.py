@@ -11,6 +11,7 @@ integrated. It is accounted for by starting from a draw y_0 of q(y_0 | x) instea
 
     data, dequantization          y_0                                       nats of a draw
     integers, none                x_k + s_0 eps, decoded by VDM's softmax   ln q(y_0 | x_k) - ln p(y_0) + E[-ln p(k | z_0)]
+                                  or, for a table of betas, by DDPM's Gaussian around the network's x_hat at x_1
     integers, uniform             x_k + bin (u - 1/2) + s_0 eps             -ln p(y_0) - D ln bin
     integers, truncated_normal    x_k + s_0 eps, truncated to the bin       ln q(y_0 | k) - ln p(y_0)
     continuous, none              x + s_0 eps, Gaussian decoder             -ln p(y_0)
@@ -23,14 +24,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vdm_diffusers.decoders import bin_width, log_normal_mass
 from vdm_diffusers.gaussian import alpha_sigma
-from vdm_diffusers.likelihood import DenoisingModel, LikelihoodReport, expected_softmax_nats
+from vdm_diffusers.likelihood import DenoisingModel, GaussianDecoder, LikelihoodReport, expected_softmax_nats
 from vdm_diffusers.numerics import sum_except_batch
 from vdm_diffusers.prediction import convert
 from vdm_diffusers.repetitions import Budget, Runner, mix_seed, repeat, run_all
@@ -45,6 +47,7 @@ def evaluate_flow(
     log_snr_max: float,
     log_snr_min: float,
     *,
+    decoder: GaussianDecoder | None = None,
     num_samples: int = 16,
     dequantization: Dequantization = "none",
     divergence: Divergence = "hutchinson",
@@ -62,10 +65,12 @@ def evaluate_flow(
 
     Arguments:
         levels: (N, C, ...) integers, or floats if the model has num_levels=None.
+        decoder: DDPM's, for dequantization "none"; None: VDM's softmax.
         dequantization: see the module's table.
         divergence: `hutchinson`, v^T (d eps_hat / d z) v for one Rademacher probe v, fixed along the trajectory; or `exact`, D
             backward passes a step.
-        rtol, atol: of the solver, SciPy's Dormand-Prince 5(4), for all trajectories of a batch together.
+        rtol, atol: of the solver, SciPy's Dormand-Prince 5(4). Trajectories of a batch share their steps, which the one with the
+            largest error sets. Results therefore depend on the batch, by less than the tolerance in a step of any image.
         batch_size: trajectories at a time.
         seed: of the draws and probes, which do not depend on the batch.
         target_standard_error: bits/dim; go on with further trajectories until the error is at most this.
@@ -77,7 +82,7 @@ def evaluate_flow(
         ImportError: SciPy is missing. ValueError: arguments that do not fit; a solver that gives up.
     """
     try:
-        from scipy.integrate import solve_ivp
+        from scipy.integrate import RK45, solve_ivp
     except ImportError as error:
         raise ImportError("method='ode' needs SciPy: pip install scipy.") from error
     model.check(levels)
@@ -100,6 +105,15 @@ def evaluate_flow(
 
     num_dims = levels[0].numel()
 
+    class PerImage(RK45):
+        """Accepts a step by the worst image, where SciPy's mean over a batch lets the many hide the one."""
+
+        def _estimate_error_norm(self, stages: Any, step: float, scale: Any) -> float:
+            error = np.square(self._estimate_error(stages, step) / scale)
+            size = len(error) // (num_dims + 1)
+            worst = error[: size * num_dims].reshape(size, num_dims).mean(1)
+            return float(np.sqrt(np.maximum(worst, error[size * num_dims :]).max()))
+
     def draw(images: Tensor, repetitions: Tensor) -> Tensor:
         data, size, calls = levels[images], len(images), 0
         draws = [
@@ -117,7 +131,13 @@ def evaluate_flow(
 
         initial = torch.cat([start.flatten(), torch.zeros(size, dtype=torch.float64)]).numpy()
         solution = solve_ivp(
-            derivative, (log_snr_max, log_snr_min), initial, method="RK45", rtol=rtol, atol=atol, t_eval=[log_snr_min]
+            derivative,
+            (log_snr_max, log_snr_min),
+            initial,
+            method=PerImage,
+            rtol=rtol,
+            atol=atol,
+            t_eval=[log_snr_min],
         )
         if not solution.success:
             raise ValueError(
@@ -128,6 +148,12 @@ def evaluate_flow(
         z = alpha * final[: size * num_dims].reshape(size, num_dims)
         log_density_1 = -0.5 * (z**2).sum(1) + num_dims * (alpha.log() - 0.5 * math.log(2 * math.pi))
         nats = offset - (log_density_1 - final[size * num_dims :])
+        if decoder is not None and dequantization == "none" and model.num_levels is not None:
+            at, z_1 = torch.full((size,), log_snr_max, dtype=torch.float64), float(alpha_sigma(log_snr_max)[0]) * start
+            value, variance = model.outputs(z_1.to(device, torch.float32), at, images)
+            x_hat = model.denoised(value, z_1.to(value), at)
+            nats = nats + decoder.nats(model, data.to(value.device), x_hat, variance).to("cpu", torch.float64)
+            calls += 1
         if progress is not None:
             progress(size)
         return torch.stack([torch.full_like(nats, calls), nats])
@@ -143,7 +169,7 @@ def evaluate_flow(
         runner=runner,
     )
     nats = found.values[0]
-    if model.num_levels is not None and dequantization == "none":
+    if model.num_levels is not None and dequantization == "none" and decoder is None:
         table = expected_softmax_nats(log_snr_max, model.num_levels, model.pixel_encoding)
         nats = nats + torch.cat([sum_except_batch(table[part.long()]) for part in levels.split(1024)])
     return LikelihoodReport(
@@ -214,6 +240,11 @@ def _derivative(
         else:
             eps = convert(value, z, at, source=model.prediction_type, target="epsilon")
         flat = eps.flatten(1)
+        if not flat.requires_grad:
+            raise ValueError(
+                "the model's output does not depend on its input as far as autograd can see (a constant, or a call under no_grad or "
+                "of detached values): method='ode' needs the divergence. Take method='continuous'."
+            )
         if divergence == "hutchinson":
             v = probe.to(z).flatten(1)
             (gradient,) = torch.autograd.grad((flat * v).sum(), z)

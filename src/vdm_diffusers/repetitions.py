@@ -16,8 +16,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+_LEAST_FREEDOM = 8  # degrees of freedom of an error that decides how many repetitions follow
+
 Runner = Callable[[Sequence[tuple[str, Callable[[], Tensor]]]], list[Tensor]]
-"""Runs named pieces of work and returns their results in order. Others than the plain one share the work, or keep the results."""
+"""Runs named pieces of work and returns their results in order.
+
+`run_all` does them here and now; other runners distribute the pieces over processes or cache them on disk by name.
+"""
 
 
 def run_all(work: Sequence[tuple[str, Callable[[], Tensor]]]) -> list[Tensor]:
@@ -51,19 +56,21 @@ class Budget:
                 f"{self.max_model_evaluations}."
             )
 
-    def next_round(self, error: float, done: int, spent: int, least: int) -> int:
-        """How much more of what was `done` at the cost of `spent` evaluations; 0: enough.
+    def room(self, cost: float, done: int) -> int:
+        """How much more may follow what was `done`, at `cost` evaluations each."""
+        if self.max_model_evaluations is None:
+            return 1 << 62
+        return max(0, int(self.max_model_evaluations / cost) - done)
 
-        As much as the present error asks for, but no more than there is already: the error is itself an estimate.
+    def next_round(self, error_of_one: float, done: int, most: int, least: int) -> int:
+        """How many more are to follow what was `done`, in multiples of `least`, at most about `most`; 0: the target is reached.
+
+        `error_of_one` is the error of an estimate from one alone, itself an estimate: two fifths more are taken than it asks for.
         """
-        if self.target_standard_error is None or error <= self.target_standard_error:
+        if self.target_standard_error is None:
             return 0
-        size = max(least, math.ceil(done * min(1.0, 1.1 * (error / self.target_standard_error) ** 2 - 1)))
-        size = math.ceil(size / least) * least
-        if self.max_model_evaluations is not None:
-            allowed = (self.max_model_evaluations - spent) * done // spent
-            size = min(size, allowed // least * least)
-        return max(size, 0)
+        missing = 1.4 * (error_of_one / self.target_standard_error) ** 2 - done
+        return max(0, math.ceil(min(missing, most) / least) * least)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,29 +116,54 @@ def repeat(
     """
     if cost is not None:
         budget.check(cost * first * num_images, f"{cost * first} x {num_images}")
-    rounds: list[Tensor] = []
-    names: list[str] = []
-    size = first if cost is not None or budget.max_model_evaluations is None else 2
-    while size > 0:
-        done = sum(r.shape[1] for r in rounds)
-        names.append(str(size))
+    done = 0
+
+    def more(size: int) -> Tensor:
+        """(1 + V, R, N) of `size` further repetitions."""
+        nonlocal done
         flat = torch.arange(done * num_images, (done + size) * num_images)
         work = [
-            (f"{'-'.join(names)}-{i}", partial(draw, part % num_images, part // num_images))
+            (f"{done}-{size}-{i}", partial(draw, part % num_images, part // num_images))
             for i, part in enumerate(flat.split(batch_size))
         ]
-        rounds.append(torch.cat(runner(work), dim=1).unflatten(1, (size, num_images)))
-        everything = torch.cat(rounds, dim=1)  # (1 + V, R, N)
-        nats, spent, number = everything[1], int(everything[0].sum()), done + size
-        sums = nats if separate_images else nats.sum(1, keepdim=True)
-        error = math.sqrt(float(sums.var(0).sum()) / number) / num_images / num_dims / math.log(2)
-        if number < first:
-            allowed = (budget.max_model_evaluations or 0) * number // spent
-            size = max(0, min(first, allowed) - number)
-            if size > 0:
-                continue
-        size = budget.next_round(error, number, spent, 1)
-    return Repetitions(everything[1:].mean(1), number, error, spent)
+        done += size
+        return torch.cat(runner(work), dim=1).unflatten(1, (size, num_images))
+
+    def error_of(found: Tensor) -> float:
+        nats = found[1] if separate_images else found[1].sum(1, keepdim=True)
+        return math.sqrt(float(nats.var(0).sum()) / len(nats)) / num_images / num_dims / math.log(2)
+
+    def room(*parts: Tensor) -> int:
+        found = sum(float(part[0].sum()) for part in parts) / max(done, 1)
+        # a cost that only shows as they run may come out a little higher
+        return max(0, budget.room(found, done) if cost is not None else budget.room(1.3 * found, 0) - done)
+
+    decided = more(first if cost is not None or budget.max_model_evaluations is None else 2)
+    if decided.shape[1] < first and (size := min(first - decided.shape[1], room(decided))) > 0:
+        decided = torch.cat([decided, more(size)], dim=1)
+    reported = decided[:, :0]
+    # independent repetitions decide how many follow: an estimate that stops where its own error is low stops where it is low itself
+    fewest = max(2, math.ceil(_LEAST_FREEDOM / (num_images if separate_images else 1)) + 1)
+    while budget.target_standard_error is not None:
+        number, deciding = reported.shape[1], decided.shape[1]
+        missing = max(fewest, number // 8) - deciding
+        error_of_one = error_of(decided) * math.sqrt(deciding)
+        size = (
+            missing
+            if missing > 0
+            else budget.next_round(error_of_one, number, max(number, deciding), 1 if number else 2)
+        )
+        size = min(size, allowed := room(decided, reported))
+        if size > 0 and missing > 0:
+            decided = torch.cat([decided, more(size)], dim=1)
+        elif size > 0:
+            reported = torch.cat([reported, more(size)], dim=1)
+        if size <= 0 or size == allowed:
+            break
+    if reported.shape[1] < 2 or (size == allowed and reported.shape[1] < decided.shape[1]):
+        reported, decided = decided, reported
+    spent = int(reported[0].sum() + decided[0].sum())
+    return Repetitions(reported[1:].mean(1), reported.shape[1], error_of(reported), spent)
 
 
 def mix_seed(seed: int, *parts: int | str) -> int:

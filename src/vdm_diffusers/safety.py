@@ -19,11 +19,14 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NoReturn
 
+import httpx
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import OfflineModeIsEnabled
+from diffusers.utils import logging
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
 
 MAX_JSON_BYTES = 4 * 2**20
 MAX_JSON_DEPTH = 16
@@ -31,6 +34,8 @@ MAX_HEADER_BYTES = 16 * 2**20
 MAX_TIMESTEPS = 10**6
 MAX_SAMPLE_SIZE = 2**14
 MAX_LAYERS = 4096
+MAX_STOCK_TIMESTEPS = 20_000  # of Diffusers' schedulers, some of which walk through their table step by step
+MAX_POSITIONS = 2**25  # entries of a transformer's table of positions, which no header counts
 MAX_INTEGER = 2**24  # of any other entry of a config
 
 _COMPONENTS = {
@@ -40,8 +45,9 @@ _COMPONENTS = {
 }
 _PIPELINES = {"VDMPipeline": ("unet", "scheduler"), "LatentVDMPipeline": ("vae", "unet", "scheduler")}
 _WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?\.safetensors")
-_BYTES = {"BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
-_BYTES |= {f"{sign}{bits}": bits // 8 for sign in "IU" for bits in (8, 16, 32, 64)}
+
+
+logger = logging.get_logger(__name__)
 
 
 class UnsafeCheckpointError(ValueError):
@@ -93,7 +99,7 @@ def check_repository(
     What weights there are must not be larger than what the config describes needs in float64.
     Raises huggingface_hub's own errors where the repository cannot be read.
     """
-    sizes, read = _repository(repo_id, revision, token, cache_dir)
+    sizes, read, _ = _repository(repo_id, revision, token, cache_dir)
     index = read("model_index.json")
     _check_config("pipeline", index)
     for name, (library, class_name) in _components(index, pipeline, passed).items():
@@ -110,39 +116,83 @@ def check_repository(
             )
 
 
-def check_model(component: type, source: str | os.PathLike[str], options: Mapping[str, Any]) -> dict[str, Any]:
+def check_model(
+    component: type, source: str | os.PathLike[str], options: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
     """Raise `UnsafeCheckpointError` for a model by itself that is refused, in a folder or, before its weights are fetched, on the Hub.
 
     Arguments:
         component: its class. source, options: what `from_pretrained` was given.
     Returns:
-        The options, with `use_safetensors=True`.
+        The folder that was checked, and the options with `use_safetensors=True`: what to load.
     """
     if options.get("use_safetensors") is False:  # None is what a pipeline passes on
         raise ValueError("`use_safetensors` must be True: a pickled checkpoint runs code when it is loaded.")
     name, subfolder = component.__name__, options.get("subfolder") or ""
-    if os.path.isdir(source):
-        folder = pathlib.Path(source) / subfolder
-        config = _read_json(folder / "config.json", folder)
-        _check_config(name, config)
-        for tensors in _weights(folder, folder).values():
-            _check_shapes(component, config, tensors)
-    elif not options.get("local_files_only"):
-        with contextlib.suppress(OfflineModeIsEnabled):  # offline nothing will be downloaded
-            place = (options.get("revision"), options.get("token"), options.get("cache_dir"))
-            sizes, read = _repository(str(source), *place)
-            prefix = f"{subfolder}/" if subfolder else ""
-            config = read(f"{prefix}config.json")
-            _check_config(name, config)
-            beside = {p: size for p, size in sizes.items() if p.rpartition("/")[0] == subfolder}
-            _check_sizes(component, config, beside, str(source))
-    return {**options, "use_safetensors": True}
+    check_location(source)
+    if not os.path.isdir(source):
+        place = {key: options.get(key) for key in ("revision", "token", "cache_dir")}
+        if not options.get("local_files_only"):
+            with cache_if_unreachable(str(source)):
+                sizes, read, place["revision"] = _repository(str(source), **place)
+                prefix = f"{subfolder}/" if subfolder else ""
+                config = read(f"{prefix}config.json")
+                _check_class(name, config)
+                _check_config(name, config)
+                beside = {p: size for p, size in sizes.items() if p.rpartition("/")[0] == subfolder}
+                _check_sizes(component, config, beside, str(source))
+        # what is checked below is what is loaded, whatever is pushed meanwhile
+        patterns = [f"{subfolder}/{kind}" if subfolder else kind for kind in ("*.json", "*.safetensors")]
+        source = snapshot_download(
+            str(source), allow_patterns=patterns, local_files_only=bool(options.get("local_files_only")), **place
+        )
+    folder = pathlib.Path(source) / subfolder
+    config = _read_json(folder / "config.json", folder)
+    _check_class(name, config)
+    _check_config(name, config)
+    for tensors in _weights(folder, folder).values():
+        _check_shapes(component, config, tensors)
+    return str(source), {**options, "use_safetensors": True}
+
+
+def check_location(location: str | os.PathLike[str]) -> None:
+    """Raise FileNotFoundError for what looks like a path and is not there: the Hub is asked for names alone."""
+    text = os.fspath(location)
+    looks = not isinstance(location, str) or text.startswith((".", "/", "~", "\\")) or text.count("/") > 1
+    if looks and not os.path.isdir(text):
+        raise FileNotFoundError(
+            f"there is no folder {text!r}. (It looks like a path, so the Hub was not asked: a repository is called 'owner/name'.)"
+        )
+
+
+@contextlib.contextmanager
+def cache_if_unreachable(repo_id: str) -> Iterator[None]:
+    """Leave the block, with one line of warning, where the Hub cannot be reached or has too much to do: the cache may do."""
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        return
+    except (HfHubHTTPError, httpx.TransportError) as error:
+        response = getattr(error, "response", None)
+        status = getattr(response, "status_code", None)
+        if status is not None and status != 429 and status < 500:
+            raise
+        logger.warning(
+            f"the Hub does not answer ({status or type(error).__name__}): {repo_id} is looked for in the cache."
+        )
+
+
+def _check_class(name: str, config: Mapping[str, Any]) -> None:
+    if config.get("_class_name") != name:
+        raise UnsafeCheckpointError(
+            f"config.json is of a {config.get('_class_name')!r}, not of a {name}: load it as that."
+        )
 
 
 def _repository(
     repo_id: str, revision: str | None, token: str | bool | None, cache_dir: str | os.PathLike[str] | None
-) -> tuple[dict[str, int], Callable[[str], dict[str, Any]]]:
-    """Path -> bytes of a repository's files, and a function that reads a config of it."""
+) -> tuple[dict[str, int], Callable[[str], dict[str, Any]], str | None]:
+    """Path -> bytes of a repository's files, a function that reads a config of it, and the commit."""
     info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     for path in sizes:
@@ -164,7 +214,7 @@ def _repository(
         local = hf_hub_download(repo_id, path, revision=info.sha, token=token, cache_dir=cache_dir)
         return parse_json(pathlib.Path(local).read_bytes(), path)
 
-    return sizes, read
+    return sizes, read, info.sha
 
 
 def _check_sizes(component: type, config: Mapping[str, Any], sizes: Mapping[str, int], repo_id: str) -> None:
@@ -255,7 +305,7 @@ def _components(index: Mapping[str, Any], pipeline: str, passed: Collection[str]
     if class_name != pipeline:
         raise UnsafeCheckpointError(
             f"model_index.json must say `_class_name` {pipeline}, got {class_name!r}. A pipeline of Diffusers is adopted by "
-            "VDMPipeline.from_pipeline(DiffusionPipeline.from_pretrained(...))."
+            "VDMPipeline.from_pipe(DiffusionPipeline.from_pretrained(...))."
         )
     listed = {name: value for name, value in index.items() if isinstance(value, list)}
     if set(listed) != set(_PIPELINES[pipeline]):
@@ -284,11 +334,33 @@ def _component_class(name: str, library: str, class_name: str) -> type:
 def _check_config(name: str, config: Mapping[str, Any]) -> None:
     for key, value in _entries(config):
         limit = MAX_TIMESTEPS if "timesteps" in key else MAX_SAMPLE_SIZE if key == "sample_size" else MAX_INTEGER
+        if isinstance(value, float) and limit != MAX_INTEGER:
+            raise UnsafeCheckpointError(f"`{key}` of the {name}'s config must be a whole number, got {value}.")
         if isinstance(value, int) and abs(value) > limit:
             raise UnsafeCheckpointError(f"`{key}` of the {name}'s config is {value}, at most {limit} is accepted.")
         if isinstance(value, list) and len(value) > MAX_TIMESTEPS:
             raise UnsafeCheckpointError(
                 f"`{key}` of the {name}'s config has {len(value)} entries, at most {MAX_TIMESTEPS}."
+            )
+
+
+def _check_cost(component: type, config: Mapping[str, Any]) -> None:
+    """Raise for what would take long to build, or memory that no header speaks of."""
+    steps, own = config.get("num_train_timesteps"), component.__name__ == "VDMScheduler"
+    if isinstance(steps, int) and steps > MAX_STOCK_TIMESTEPS and not own:
+        raise UnsafeCheckpointError(
+            f"`num_train_timesteps` of a {component.__name__} is {steps}, at most {MAX_STOCK_TIMESTEPS} is accepted."
+        )
+    size, patch = config.get("sample_size"), config.get("patch_size")
+    if size is not None and patch is not None:
+        sides = [entry for entry in (size if isinstance(size, list) else [size, size]) if isinstance(entry, int)]
+        width = [config.get(key) for key in ("num_attention_heads", "attention_head_dim")]
+        numbers = [max(1, side // patch) for side in sides if isinstance(patch, int) and patch > 0]
+        numbers += [entry for entry in width if isinstance(entry, int)]
+        if math.prod(numbers) > MAX_POSITIONS:
+            raise UnsafeCheckpointError(
+                f"`sample_size` {size} in patches of {patch} makes a table of {math.prod(numbers)} entries for the positions, at most "
+                f"{MAX_POSITIONS} are accepted."
             )
 
 
@@ -324,21 +396,18 @@ def _check_layers(config: Mapping[str, Any], num_tensors: int) -> None:
 
 def _weights(component: pathlib.Path, folder: pathlib.Path) -> dict[str, dict[str, tuple[int, ...]]]:
     """The tensors' shapes by variant ("" is none), from the headers of all files of a component."""
-    for index in component.glob("*.index*.json"):
-        shards = _read_json(index, folder).get("weight_map")
-        if not isinstance(shards, dict):
-            raise UnsafeCheckpointError(f"{index.name} must have a `weight_map`.")
-        for shard in sorted(set(map(str, shards.values()))):
-            if not _WEIGHTS.fullmatch(shard) or not (component / shard).is_file():
-                raise UnsafeCheckpointError(
-                    f"{index.name} names the shard {shard[:80]!r}, which is no weight file beside it."
-                )
     variants: dict[str, dict[str, tuple[int, ...]]] = {}
+    headers: dict[str, dict[str, tuple[int, ...]]] = {}
     for path in sorted(component.glob("*.safetensors")):
         found = _WEIGHTS.fullmatch(path.name)
         if found:
             _check_inside(path, folder)
-            variants.setdefault(found["variant"] or "", {}).update(read_header(path))
+            if not path.is_file():
+                raise UnsafeCheckpointError(f"{path.name} is no file.")
+            headers[path.name] = read_header(path)
+            variants.setdefault(found["variant"] or "", {}).update(headers[path.name])
+    for index in component.glob("*.index*.json"):
+        _check_index(index.name, _read_json(index, folder), headers)
     if not variants:
         others = sorted(p.name for p in component.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
         hint = f" {others[0]} is a pickle, which runs code when it is loaded: it is not." if others else ""
@@ -346,56 +415,44 @@ def _weights(component: pathlib.Path, folder: pathlib.Path) -> dict[str, dict[st
     return variants
 
 
+def _check_index(name: str, index: Mapping[str, Any], headers: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+    """Raise unless an index of shards names the tensors that its shards hold, each where it is."""
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict) or not shards or not isinstance(index.get("metadata"), dict):
+        raise UnsafeCheckpointError(f"{name} must have a `weight_map` that is not empty, and `metadata`.")
+    for tensor, shard in shards.items():
+        if shard not in headers:
+            raise UnsafeCheckpointError(
+                f"{name} names the shard {str(shard)[:80]!r}, which is no weight file beside it."
+            )
+        if tensor not in headers[shard]:
+            raise UnsafeCheckpointError(f"{name} says that {tensor[:80]!r} is in {shard}, and it is not.")
+    unnamed = sorted({tensor for shard in set(shards.values()) for tensor in headers[shard]} - set(shards))
+    if unnamed:
+        raise UnsafeCheckpointError(f"{name} leaves out {unnamed[0][:80]!r}, which is in the shards.")
+
+
 def read_header(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of the tensors in a safetensors file, of which only the header is read, or `UnsafeCheckpointError`.
 
-    Tensors must have a known dtype, lie in the file one after another without gap or overlap, and fill it.
+    The library checks that tensors lie in the file one after another, without gap or overlap, and fill it.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise UnsafeCheckpointError(
-                f"{path.name} has {size} bytes and says that its header alone has {length}: it is cut short or no safetensors."
-            )
-        raw = file.read(length)
-    if raw[:1] != b"{":
-        raise UnsafeCheckpointError(f"{path.name} is no safetensors file: its header does not begin with an object.")
-    try:
-        header = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UnsafeCheckpointError(f"the header of {path.name} is damaged: {error}.") from error
-    header.pop("__metadata__", None)
-    shapes, spans = {}, []
-    for name, tensor in header.items():
-        try:
-            dtype, shape, (start, end) = (
-                tensor["dtype"],
-                tuple(map(int, tensor["shape"])),
-                map(int, tensor["data_offsets"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise UnsafeCheckpointError(f"the header of {path.name} is damaged at {name[:80]!r}.") from error
-        if dtype not in _BYTES or min(shape, default=0) < 0 or end - start != math.prod(shape) * _BYTES[dtype]:
-            raise UnsafeCheckpointError(
-                f"{name[:80]!r} in {path.name} is {dtype} of shape {list(shape)} and has {end - start} bytes: that does not fit."
-            )
-        shapes[name] = shape
-        spans.append((start, end))
-    position = 0
-    for start, end in sorted(spans):
-        if start != position:
-            raise UnsafeCheckpointError(f"the tensors in {path.name} overlap or leave gaps at byte {start}.")
-        position = end
-    if position != size - 8 - length:
+    if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
         raise UnsafeCheckpointError(
-            f"{path.name} has {size - 8 - length} bytes of tensors, its header describes {position}: it is cut short, or longer "
-            "than it should be."
+            f"{path.name} has {size} bytes and says that its header alone has {length}: it is cut short or no safetensors."
         )
-    return shapes
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise UnsafeCheckpointError(f"{path.name} is damaged, cut short or no safetensors file: {error}.") from error
 
 
 def _build(component: type, config: Mapping[str, Any]) -> Any:
+    _check_cost(component, config)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it will be built again for use, and may warn then
@@ -426,7 +483,12 @@ def _check_shapes(component: type, config: Mapping[str, Any], tensors: Mapping[s
             raise UnsafeCheckpointError(
                 f"`{name}` has the shape {list(tensors[name])} in the weights and {list(shape)} by the network's config."
             )
-    missing = sorted(set(expected) - set(tensors))
-    # Diffusers renames tensors of old checkpoints while it loads them: then the count agrees
-    if missing and len(tensors) < len(expected):
+    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    # Diffusers renames tensors of its own old checkpoints while it loads them: then the count agrees
+    renamed = len(tensors) == len(expected) and not component.__module__.startswith("vdm_diffusers")
+    if missing and not renamed:
         raise UnsafeCheckpointError(f"the weights lack {len(missing)} tensors of the network, such as `{missing[0]}`.")
+    if unknown and component.__module__.startswith("vdm_diffusers"):
+        raise UnsafeCheckpointError(
+            f"the weights hold {len(unknown)} tensors that the network does not have, such as `{unknown[0]}`."
+        )

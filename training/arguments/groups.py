@@ -282,6 +282,11 @@ class OptimizationArguments:
         16, "Images in one forward pass of one process.", bounds=Bounds(1, 2**24), basic=True
     )
     gradient_accumulation_steps: int = argument(1, "Forward passes to an optimiser step.", bounds=Bounds(1, 2**24))
+    global_batch_size: int | None = argument(
+        None,
+        "Images to an optimiser step on any number of processes, in place of --gradient_accumulation_steps.",
+        bounds=Bounds(1, 2**24),
+    )
     optimizer: Literal["adamw", "muon"] = argument(
         "adamw", "AdamW for all weights, or Muon for the matrices and AdamW for the rest, at one learning rate."
     )

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from vdm_diffusers.decoders import PIXEL_ENCODINGS, PixelEncoding
 from vdm_diffusers.evaluation.images import check_size, load_images, load_labels
 from vdm_diffusers.likelihood import DenoisingModel
+from vdm_diffusers.models.calling import call_network, device_and_dtype
+from vdm_diffusers.models.labels import num_classes
 
 _BATCH_ELEMENTS = 1 << 18  # of the default batch size: keeps the CPU's caches and a small GPU's memory in view
 
@@ -32,14 +34,16 @@ def prepare(
     check_kwargs(model_kwargs)
     levels, labels = load_images(images, class_labels, num_levels)
     check_size(network, levels)
+    if class_labels is None and num_classes(network) is None:
+        labels = None  # those that came with the images mean nothing to the network
     labels = load_labels(network, labels, len(levels))
-    device, dtype = device_and_dtype(network)
+    device, _ = device_and_dtype(network)
     if batch_size is None:
         batch_size = max(1, min(512, _BATCH_ELEMENTS // levels[0].numel()))
     if batch_size < 1:
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     denoiser = DenoisingModel(
-        predict=Predictor(network, scheduler, device, dtype, labels, model_kwargs or {}, len(levels)),
+        predict=Predictor(network, scheduler, device, labels, model_kwargs or {}, len(levels)),
         prediction_type=scheduler.config.prediction_type,
         num_levels=num_levels,
         pixel_encoding=pixel_encoding,
@@ -100,12 +104,11 @@ class Predictor:
         network: Callable[..., Any],
         scheduler: Any,
         device: torch.device,
-        dtype: torch.dtype,
         labels: Tensor | None,
         model_kwargs: dict[str, Any],
         num_images: int,
     ):
-        self.network, self.scheduler, self.device, self.dtype = network, scheduler, device, dtype
+        self.network, self.scheduler, self.device = network, scheduler, device
         self.per_image = {} if labels is None else {"class_labels": labels.to(device)}
         self.shared: dict[str, Any] = {}
         for name, value in model_kwargs.items():
@@ -115,29 +118,9 @@ class Predictor:
                 self.shared[name] = value
 
     def __call__(self, z_t: Tensor, log_snr: Tensor, index: Tensor) -> Tensor:
-        timestep = self.scheduler.timestep_from_log_snr(log_snr)
-        whole = timestep.round()
-        # a table's own entries, through log SNR and back, are whole numbers but for rounding
-        timestep = torch.where((timestep - whole).abs() < 1e-6, whole, timestep)
-        timestep = timestep.long() if bool((timestep == whole).all()) else timestep.to(torch.float32)
         arguments = {name: value[index.to(self.device)] for name, value in self.per_image.items()}
-        output = self.network(z_t.to(self.dtype), timestep.to(self.device), **arguments, **self.shared)
-        if isinstance(output, tuple):
-            output = output[0]
-        return output if isinstance(output, Tensor) else output.sample
-
-
-def device_and_dtype(network: Callable[..., Any]) -> tuple[torch.device, torch.dtype]:
-    """Where the model takes its sample, and in what dtype."""
-    parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
-    if parameter is None:
-        return torch.device("cpu"), torch.float32
-    dtype = getattr(
-        network, "dtype", parameter.dtype
-    )  # Diffusers' models know theirs when weights are stored in another
-    if getattr(network, "takes_float32_sample", False):
-        dtype = torch.promote_types(dtype, torch.float32)
-    return parameter.device, dtype
+        timestep = self.scheduler.timestep_from_log_snr(log_snr)
+        return call_network(self.network, z_t, timestep, **arguments, **self.shared)
 
 
 @contextmanager

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
 
 from vdm_diffusers.models.labels import default_label, num_classes
 
+_CHANNELS = (1, 2, 3, 4)  # of an image, by which an array (..., H, W, C) is told from one (..., C, H, W)
 _PIL_LEVELS = {"L": 256, "RGB": 256, "RGBA": 256, "LA": 256, "1": 2}
 
 
 def load_images(images: Any, class_labels: Any, num_levels: int | None) -> tuple[Tensor, Any]:
-    """All images as one integer tensor (N, C, H, W), and the labels, read from the data set if they name a column."""
+    """All images as one integer tensor (N, C, H, W), and their labels.
+
+    Labels are read from the data set if `class_labels` names a column, and from batches of (images, labels) if it is None.
+    """
     if isinstance(images, PIL.Image.Image):
         images = [images]
     if _is_dataset(images):
@@ -25,14 +30,23 @@ def load_images(images: Any, class_labels: Any, num_levels: int | None) -> tuple
         images = (row[column] for row in images.select_columns([column]))
     elif isinstance(class_labels, str):
         raise ValueError(f"`class_labels` names a column, {class_labels!r}, but `images` is no datasets.Dataset.")
-    batches = [images] if isinstance(images, Tensor) else images
+    batches = [images] if isinstance(images, (Tensor, np.ndarray)) else images
     if not isinstance(batches, Iterable):
         raise ValueError(
             "`images` must be an integer tensor (N, C, H, W), batches of them, PIL images, or a datasets.Dataset, got "
             f"{type(images).__name__}."
         )
     parts: list[Tensor] = []
+    own_labels: list[Tensor] = []
     for batch in batches:
+        if (
+            isinstance(batch, (list, tuple))
+            and len(batch) == 2
+            and isinstance(batch[1], Tensor)
+            and batch[1].ndim == 1
+        ):
+            batch, labels = batch
+            own_labels.append(labels)
         part = to_levels(batch, num_levels)
         if parts and part.shape[1:] != parts[0].shape[1:]:
             raise ValueError(
@@ -43,11 +57,24 @@ def load_images(images: Any, class_labels: Any, num_levels: int | None) -> tuple
     levels = torch.cat(parts) if parts else torch.empty(0, 1, 1, 1, dtype=torch.uint8)
     if len(levels) == 0:
         raise ValueError("`images` holds no image.")
-    return levels, class_labels
+    return levels, torch.cat(own_labels) if own_labels and class_labels is None else class_labels
+
+
+def _as_batch(value: Any) -> Any:
+    """Arrays, nested lists and single images as a tensor (B, C, H, W); anything else as it is."""
+    if isinstance(value, (np.ndarray, list, tuple)) and not any(isinstance(one, Tensor) for one in value):
+        array = np.asarray(value)
+        last_is_channel = array.ndim in (3, 4) and array.shape[-1] in _CHANNELS and array.shape[-1] < array.shape[-3]
+        array = np.moveaxis(array, -1, -3) if last_is_channel else array
+        value = torch.from_numpy(np.ascontiguousarray(array)) if array.dtype != object else value
+    elif isinstance(value, (list, tuple)) and value and all(isinstance(one, Tensor) for one in value):
+        value = torch.stack(list(value))
+    return value[None] if isinstance(value, Tensor) and value.ndim == 3 else value
 
 
 def to_levels(batch: Any, num_levels: int | None) -> Tensor:
-    """One tensor batch or PIL image as integers (B, C, H, W) on the CPU, in the smallest dtype."""
+    """A batch, or one image, as integers (B, C, H, W) on the CPU, in the smallest dtype."""
+    batch = batch if isinstance(batch, PIL.Image.Image) else _as_batch(batch)
     if num_levels is None:
         if not (
             isinstance(batch, Tensor)
@@ -78,13 +105,20 @@ def to_levels(batch: Any, num_levels: int | None) -> Tensor:
     if not isinstance(batch, Tensor):
         raise ValueError(f"`images` must hold integer tensors (N, C, H, W) or PIL images, got {type(batch).__name__}.")
     if batch.is_floating_point() or batch.is_complex() or batch.dtype == torch.bool:
+        top, dtype = num_levels - 1, "torch.uint8" if num_levels <= 256 else "torch.int32"
+        low, high = (
+            (float(v) for v in (batch.min(), batch.max())) if batch.is_floating_point() and batch.numel() else (0, 1)
+        )
+        known = {(0, 1): f"(images * {top})", (-1, 1): f"((images + 1) / 2 * {top})"}
+        scaled = next((text for (a, b), text in known.items() if a <= low <= high <= b), None)
         raise ValueError(
-            f"`images` must be integers 0..{num_levels - 1}, got {batch.dtype}. Likelihoods in bits/dim are of integers; for images in "
-            f"[0, 1] pass (images * {num_levels - 1}).round().to(torch.uint8)."
+            f"`images` must be integers 0..{top}, got {batch.dtype} from {low:g} to {high:g}. Likelihoods in bits/dim are of integers"
+            + (f": pass {scaled}.round().to({dtype})." if scaled else ".")
         )
     if batch.ndim != 4:
         raise ValueError(f"`images` must have shape (N, C, H, W), got {tuple(batch.shape)}.")
     batch = batch.detach().cpu()
+    batch = batch.to(torch.int64) if batch.dtype in (torch.uint16, torch.uint32, torch.uint64) else batch
     if batch.numel() and not 0 <= int(batch.min()) <= int(batch.max()) < num_levels:
         raise ValueError(
             f"`images` must hold levels in 0..{num_levels - 1}, got {int(batch.min())}..{int(batch.max())}. Is `num_levels` right?"
@@ -98,7 +132,7 @@ def _is_dataset(images: Any) -> bool:
 
 def _image_column(dataset: Any) -> str:
     """The column of a datasets.Dataset that holds images, found by its feature type."""
-    columns = [name for name, feature in dataset.features.items() if type(feature).__name__ == "Image"]
+    columns = [name for name, feature in dataset.features.items() if type(feature).__name__ in ("Image", "Array3D")]
     if len(columns) != 1:
         raise ValueError(
             f"`images` must have one column of images, got {columns or 'none'} among {dataset.column_names}: choose with "

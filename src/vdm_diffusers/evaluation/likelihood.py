@@ -26,6 +26,7 @@ from vdm_diffusers.likelihood import (
     evaluate_bound,
     evaluate_importance_weighted,
 )
+from vdm_diffusers.numerics import as_generator, whole_number
 from vdm_diffusers.probability_flow import Dequantization, Divergence, evaluate_flow
 
 Method = Literal["continuous", "discrete", "ode", "importance_weighted"]
@@ -48,7 +49,7 @@ def evaluate_likelihood(
     batch_size: int | None = None,
     class_labels: int | Sequence[int] | Tensor | str | None = None,
     model_kwargs: dict[str, Any] | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | int | None = None,
     progress_bar: bool = True,
     variance_type: str | None = None,
     clip_denoised: bool = False,
@@ -62,6 +63,8 @@ def evaluate_likelihood(
     accelerator: Any = None,
 ) -> LikelihoodReport:
     r"""Bits/dim of images under a diffusion model, with the error of the estimate.
+
+    The chain of a bound is that of ancestral sampling, also where the scheduler samples with another `stochasticity` (except 0).
 
     The first two methods estimate the bound -ln p(x) <= prior + diffusion + reconstruction:
 
@@ -90,8 +93,7 @@ def evaluate_likelihood(
             ends included. Default: the scheduler's `step_grid`, else `"time"`; with `variance_type="optimal"`, which is worth little on
             others, `"optimal"` for fewer steps than `num_train_timesteps` and `"log_snr"` for more. In a table of betas every step is an
             entry of the table.
-        num_samples: evaluations of the model for an image, spread evenly over time. If there are enough for every step of the
-            chain, the steps are summed, as many times over as `num_samples` allows.
+        num_samples: evaluations of the model for an image, spread over time, more where they are worth more.
         num_levels: number of levels of a pixel. Default: the pipeline's own, else 256. `None`: the data are continuous, floats as the
             model takes them, with a Gaussian decoder; read `nats_per_dim`.
         pixel_encoding: `"bin_center"` or `"endpoint"`, how the model was trained to see level k. Default: a `VDMPipeline`'s own;
@@ -99,13 +101,14 @@ def evaluate_likelihood(
         batch_size: evaluations at a time. The result does not depend on it.
         class_labels: one for all images, one for each, or the name of a dataset's column.
         model_kwargs: further arguments of the model. A tensor of N rows has one for each image, a tensor of one row one for all.
-        generator: of the noise. The result depends on its seed alone, not on the batch size.
+        generator: of the noise, or a seed. The result depends on its seed alone, not on the batch size.
         progress_bar: show one.
         variance_type: the reverse variance of the discrete chain, instead of the scheduler's.
         clip_denoised: clamp the predicted image to [-1, 1]. That is another model, with a bound of its own.
         variance_reduction: learn from the first evaluations where further ones are worth most, and use control variates. False:
             the plain stratified average, in which images do not touch each other.
-        target_standard_error: bits/dim; go on beyond `num_samples` until `standard_error` is at most this.
+        target_standard_error: bits/dim; go on beyond `num_samples` until `standard_error` should be at most this. Independent
+            evaluations decide it, so that the figure stays unbiased; the error reported may come out a little above.
         max_model_evaluations: in all; where to stop whether or not the target is reached. (For the ODE, whose cost shows only as it
             runs, two trajectories an image come first, and as many of the others as should fit.)
         dequantization: for the ODE: `"none"` (the noise of `z_0` and the softmax decoder), `"uniform"` or `"truncated_normal"`; all give
@@ -134,6 +137,23 @@ def evaluate_likelihood(
 
     Source: Kingma et al. 2021, "Variational Diffusion Models", equations 11 to 18; Ho et al. 2020, equations 5 and 13.
     """
+    generator = as_generator(generator)
+    assert not isinstance(generator, int)
+    num_samples, num_steps, batch_size, max_model_evaluations = (
+        whole_number(name, value)
+        for name, value in (
+            ("num_samples", num_samples),
+            ("num_steps", num_steps),
+            ("batch_size", batch_size),
+            ("max_model_evaluations", max_model_evaluations),
+        )
+    )
+    for name, text, allowed in (
+        ("dequantization", dequantization, get_args(Dequantization)),
+        ("divergence", divergence, get_args(Divergence)),
+    ):
+        if text not in allowed:
+            raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {text!r}.")
     network, scheduler, num_levels, pixel_encoding = unpack(model, scheduler, num_levels, pixel_encoding)
     chain = adopt(scheduler)
     if method is None:
@@ -141,15 +161,18 @@ def evaluate_likelihood(
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
     is_chain = method in ("discrete", "importance_weighted")
-    if is_chain and chain.config.get("stochasticity", 1.0) != 1.0:
-        raise ValueError(
-            f"`scheduler` has stochasticity={chain.config.stochasticity}, and method={method!r} is the bound of ancestral sampling's "
-            "chain. Set stochasticity=1.0 in its config."
-        )
-    chain_only: dict[str, Any] = {"num_steps": num_steps, "grid": grid}
-    for name, value in chain_only.items():
-        if value is not None and not is_chain:
-            raise ValueError(f"`{name}` belongs to method='discrete', got {value} with method={method!r}.")
+    _check_options(
+        method,
+        {
+            "num_steps": num_steps,
+            "grid": grid,
+            "variance_type": variance_type,
+            "dequantization": None if dequantization == "none" else dequantization,
+            "divergence": None if divergence == "hutchinson" else divergence,
+            "tolerance": None if tolerance == 1e-5 else tolerance,
+            "variance_reduction": None if variance_reduction else variance_reduction,
+        },
+    )
     schedule = chain.noise_schedule
     kind = reverse_variance_of(variance_type or chain.config.variance_type, is_chain, num_steps, chain)
     term: DiffusionTerm | None = None
@@ -179,6 +202,8 @@ def evaluate_likelihood(
         "clip_denoised": clip_denoised,
         "dtype": str(device_and_dtype(network)[1]).removeprefix("torch."),
     }
+    if is_chain and chain.config.get("stochasticity", 1.0) != 1.0:
+        settings["chain"] = f"ancestral (the scheduler samples with stochasticity {chain.config.stochasticity})"
     seed = 0 if generator is None and resume_dir is not None else shared_seed(generator, accelerator)
     per_image = num_samples
     if isinstance(term, DiscreteTerm) and method == "importance_weighted":
@@ -208,7 +233,10 @@ def evaluate_likelihood(
             "runner": partial(run_shared, folder, accelerator),
         } | own
         if method == "ode":
-            report = evaluate_flow(denoiser, levels, schedule.log_snr_max, schedule.log_snr_min, **common)
+            own_decoder = decoder if isinstance(decoder, GaussianDecoder) else None
+            report = evaluate_flow(
+                denoiser, levels, schedule.log_snr_max, schedule.log_snr_min, decoder=own_decoder, **common
+            )
         else:
             estimator = evaluate_importance_weighted if method == "importance_weighted" else evaluate_bound
             report = estimator(denoiser, levels, cast(Any, term), decoder, schedule.log_snr_min, **common)
@@ -216,3 +244,24 @@ def evaluate_likelihood(
         settings["variance_reduction"] = variance_reduction
     report.settings.update(settings)
     return report
+
+
+_MEANS_SOMETHING_WITH = {
+    "num_steps": ("discrete", "importance_weighted"),
+    "grid": ("discrete", "importance_weighted"),
+    "variance_type": ("discrete", "importance_weighted", "continuous"),
+    "dequantization": ("ode",),
+    "divergence": ("ode",),
+    "tolerance": ("ode",),
+    "variance_reduction": ("discrete", "continuous"),
+}
+
+
+def _check_options(method: str, options: dict[str, Any]) -> None:
+    """Raise ValueError for an option, None where it was not given, that means nothing to the method."""
+    for name, value in options.items():
+        methods = _MEANS_SOMETHING_WITH[name]
+        if value is not None and method not in methods:
+            raise ValueError(
+                f"`{name}` belongs to method={' or '.join(map(repr, methods))}, got {value} with method={method!r}: leave it out."
+            )

@@ -31,7 +31,8 @@ from vdm_diffusers.elbo_forms import (
     hierarchical_bound,
     multi_sample_bound,
 )
-from vdm_diffusers.numerics import noise_like
+from vdm_diffusers.models.calling import in_own_dtype
+from vdm_diffusers.numerics import at_least_float32, noise_like
 from vdm_diffusers.safety import check_model
 
 Likelihood = Literal["discretized_logistic", "discretized_gaussian", "bernoulli"]
@@ -99,8 +100,8 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
         Raises:
             UnsafeCheckpointError (a ValueError): the checkpoint is damaged, hostile, or contradicts itself.
         """
-        kwargs = check_model(cls, pretrained_model_name_or_path, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        folder, kwargs = check_model(cls, pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(folder, **kwargs)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -134,10 +135,10 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
         return self.decode(z, return_dict=return_dict)
 
     def _posterior(self, x: Tensor) -> DiagonalGaussianDistribution:
-        return DiagonalGaussianDistribution(self.encoder(x))
+        return DiagonalGaussianDistribution(in_own_dtype(self.encoder, x))
 
     def _mean(self, z: Tensor) -> Tensor:
-        parameters = self.decoder(z)
+        parameters = in_own_dtype(self.decoder, z)
         if self.config.likelihood != "bernoulli":
             return parameters.chunk(2, dim=1)[0]
         low, high = encode_pixels(torch.tensor([0, 1]), 2, self.config.pixel_encoding).tolist()
@@ -148,7 +149,11 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
     def log_likelihood(self, levels: Tensor, z: Tensor) -> Tensor:
         """ln p(k | z) of integer images `(B, C, H, W)`: (B,) nats."""
         return parameters_log_likelihood(
-            levels, self.decoder(z), self.config.likelihood, self.config.num_levels, self.config.pixel_encoding
+            levels,
+            in_own_dtype(self.decoder, z),
+            self.config.likelihood,
+            self.config.num_levels,
+            self.config.pixel_encoding,
         )
 
     def hierarchy(self) -> Hierarchy:
@@ -180,7 +185,7 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
         return multi_sample_bound(*self._bound_arguments(levels), num_samples, generator=generator)
 
     def _bound_arguments(self, levels: Tensor) -> tuple[Hierarchy, Tensor, Callable[[Tensor], Tensor]]:
-        x = encode_pixels(levels, self.config.num_levels, self.config.pixel_encoding, self.dtype)
+        x = encode_pixels(levels, self.config.num_levels, self.config.pixel_encoding, at_least_float32(self.dtype))
         return self.hierarchy(), x, lambda z: self.log_likelihood(levels, z)
 
     # --- pictures -------------------------------------------------------------------------------------------------------
@@ -188,7 +193,7 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def reconstruct(self, levels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Integer images through the encoder's mean (with `generator`: a draw) and back, `(B, C, H, W)` int64."""
-        x = encode_pixels(levels, self.config.num_levels, self.config.pixel_encoding, self.dtype)
+        x = encode_pixels(levels, self.config.num_levels, self.config.pixel_encoding, at_least_float32(self.dtype))
         posterior = self._posterior(x)
         z = posterior.mode() if generator is None else posterior.sample(generator=generator)
         return self.decode_levels(z)
@@ -196,7 +201,7 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def sample(self, num_images: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Images of the model: the most likely levels given z ~ N(0, I), `(num_images, C, H, W)` int64."""
-        like = torch.empty(num_images, *self.latent_shape, device=self.device, dtype=self.dtype)
+        like = torch.empty(num_images, *self.latent_shape, device=self.device, dtype=at_least_float32(self.dtype))
         return self.decode_levels(noise_like(like, generator))
 
     @torch.no_grad()
@@ -212,7 +217,7 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
         Returns:
             `(len(dimensions), len(values), C, H, W)` int64.
         """
-        x = encode_pixels(levels, self.config.num_levels, self.config.pixel_encoding, self.dtype)
+        x = encode_pixels(levels, self.config.num_levels, self.config.pixel_encoding, at_least_float32(self.dtype))
         posterior = self._posterior(x)
         if dimensions is None:
             dimensions = posterior.std.flatten().argsort()[:8].tolist()

@@ -36,7 +36,8 @@ from vdm_diffusers.models.autoencoder_variational import (
     parameters_log_likelihood,
     zero_,
 )
-from vdm_diffusers.numerics import noise_like
+from vdm_diffusers.models.calling import in_own_dtype
+from vdm_diffusers.numerics import at_least_float32, noise_like
 from vdm_diffusers.prediction import convert
 from vdm_diffusers.safety import check_model
 
@@ -128,8 +129,8 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         Raises:
             UnsafeCheckpointError (a ValueError): the checkpoint is damaged, hostile, or contradicts itself.
         """
-        kwargs = check_model(cls, pretrained_model_name_or_path, kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        folder, kwargs = check_model(cls, pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(folder, **kwargs)
 
     @property
     def is_diffusion(self) -> bool:
@@ -150,7 +151,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
 
         def encode(layer: int, z: Tensor) -> Normal:
             if layer == 1:
-                posterior = DiagonalGaussianDistribution(self.encoder(z))
+                posterior = DiagonalGaussianDistribution(in_own_dtype(self.encoder, z))
                 return Normal(posterior.mean, posterior.var)
             return _conditional(self.encoders[str(layer)], z)
 
@@ -167,7 +168,11 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
                 pixel_encoding=self.config.pixel_encoding,
             )
         return parameters_log_likelihood(
-            levels, self.decoder(z), self.config.likelihood, self.config.num_levels, self.config.pixel_encoding
+            levels,
+            in_own_dtype(self.decoder, z),
+            self.config.likelihood,
+            self.config.num_levels,
+            self.config.pixel_encoding,
         )
 
     def bound(
@@ -195,7 +200,7 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def sample(self, num_images: int, *, generator: torch.Generator | None = None) -> Tensor:
         """Images of the model: the most likely levels given a draw of z_1, `(num_images, C, H, W)` int64."""
-        like = torch.empty(num_images, *self.latent_shape, device=self.device, dtype=self.dtype)
+        like = torch.empty(num_images, *self.latent_shape, device=self.device, dtype=at_least_float32(self.dtype))
         z = sample_hierarchy(self.hierarchy(), noise_like(like, generator), generator=generator)
         return self.decode_levels(z)
 
@@ -209,18 +214,18 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
         if self.is_diffusion:
             x = z / float(alpha_sigma(self.config.encoder_log_snrs[0])[0])
         else:
-            x = self.decoder(z).chunk(num_parameters(self.config.likelihood), dim=1)[0]
+            x = in_own_dtype(self.decoder, z).chunk(num_parameters(self.config.likelihood), dim=1)[0]
             if self.config.likelihood == "bernoulli":
                 return (x > 0).long()
         return decode_pixels(x, self.config.num_levels, self.config.pixel_encoding)
 
     def _denoise(self, z: Tensor, log_snr: Tensor) -> Tensor:
         layer = self.config.encoder_log_snrs.index(float(log_snr)) + 1
-        eps_hat = z + self.decoders[str(layer)](z)
+        eps_hat = z + in_own_dtype(self.decoders[str(layer)], z)
         return convert(eps_hat, z, log_snr, source="epsilon", target="sample")
 
     def _encoded(self, levels: Tensor) -> Tensor:
-        return encode_pixels(levels, self.config.num_levels, self.config.pixel_encoding, self.dtype)
+        return encode_pixels(levels, self.config.num_levels, self.config.pixel_encoding, at_least_float32(self.dtype))
 
     def _bound_arguments(self, levels: Tensor) -> tuple[Hierarchy, Tensor, Callable[[Tensor], Tensor]]:
         return self.hierarchy(), self._encoded(levels), lambda z: self.log_likelihood(levels, z)
@@ -248,6 +253,6 @@ def _conditional(network: nn.Module, z: Tensor) -> Normal:
     Used in both directions, a new layer is reversible: N(z_{l-1}; 0, I) q(z_l | z_{l-1}) = N(z_l; 0, I) p(z_{l-1} | z_l). Its part of the
     bound's log ratio cancels for every draw, so that a deep chain starts as a VAE does, without even its noise.
     """
-    change, raw = network(z).chunk(2, dim=1)
+    change, raw = in_own_dtype(network, z).chunk(2, dim=1)
     factor = MIN_FACTOR + F.softplus(raw + math.log(math.expm1(1 - MIN_FACTOR)))
     return Normal(KEEP * z + change, (1 - KEEP**2) * factor)

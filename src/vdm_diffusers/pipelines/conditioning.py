@@ -57,6 +57,26 @@ def image_values(image: Images, num_levels: int) -> torch.Tensor:
     return values
 
 
+def mask_tensor(mask: torch.Tensor | np.ndarray | PIL.Image.Image) -> torch.Tensor:
+    """A mask as a tensor of zeros and ones, whichever way it was made.
+
+    Raises:
+        ValueError: another type, or values that are neither 0 nor 1 (255 in 8-bit images), NaN among them.
+    """
+    if isinstance(mask, PIL.Image.Image):
+        mask = np.array(mask.convert("L"))
+    if not isinstance(mask, (torch.Tensor, np.ndarray)):
+        raise ValueError(f"`mask` must be a tensor, an array or a PIL image, got {type(mask).__name__}.")
+    values = torch.as_tensor(mask)
+    if values.dtype == torch.uint8 and int(values.max()) == 255:
+        values = values / 255
+    if not bool(((values == 0) | (values == 1)).all()):
+        raise ValueError(
+            "`mask` must hold 1 where pixels are to be made and 0 where `image` holds, and nothing else: no NaN, no soft edges."
+        )
+    return values
+
+
 def image_tensor(image: Images, num_levels: int, pixel_encoding: str) -> torch.Tensor:
     """Images as the diffusion sees them, encoded into [-1, 1]: float64 `(B, C, H, W)`; see `image_values`."""
     values = image_values(image, num_levels)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from vdm_diffusers.models.calling import call_network
+from vdm_diffusers.models.labels import default_label
 from vdm_diffusers.numerics import noise_like
 from vdm_diffusers.prediction import convert
 from vdm_diffusers.score import corrector_step_size, langevin_step
@@ -22,7 +24,7 @@ class LangevinCorrector:
         num_steps: Langevin steps after each step of the scheduler.
         signal_to_noise_ratio: r of `score.corrector_step_size`.
         generator: of the Langevin noise.
-        class_labels: `(B,)`, for a network with classes: those that the pipeline is given.
+        class_labels: `(B,)`, for a network with classes: those that the pipeline is given. None: the network's label for "no class".
 
     Raises:
         ValueError: a number of steps below 1.
@@ -57,9 +59,10 @@ class LangevinCorrector:
         arrived = scheduler.timesteps[index + 1]
         log_snr = scheduler.log_snr(arrived.cpu())
         step_size = corrector_step_size(log_snr, self.signal_to_noise_ratio)
-        conditioning = {} if self.class_labels is None else {"class_labels": self.class_labels.to(z.device)}
+        labels = default_label(pipe.unet) if self.class_labels is None else self.class_labels
+        labels = None if labels is None else torch.as_tensor(labels).to(z.device).expand(len(z))
         for _ in range(self.num_steps):
-            output = pipe.unet(z.to(pipe.unet.dtype), arrived.expand(len(z)), **conditioning).sample.to(z.dtype)
+            output = call_network(pipe.unet, z, arrived, class_labels=labels).to(z)
             score = convert(
                 output[:, : z.shape[1]], z, log_snr, source=scheduler.config.prediction_type, target="score"
             )

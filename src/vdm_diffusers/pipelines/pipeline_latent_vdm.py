@@ -16,7 +16,8 @@ from vdm_diffusers.decoders import decode_pixels, discretized_logistic_log_likel
 from vdm_diffusers.elbo import Bound, continuous_weight, prior_kl, squared_error
 from vdm_diffusers.elbo_forms import Normal
 from vdm_diffusers.gaussian import alpha_sigma, diffuse
-from vdm_diffusers.numerics import expand_to, noise_like
+from vdm_diffusers.models.calling import call_network
+from vdm_diffusers.numerics import at_least_float32, expand_to, noise_like
 from vdm_diffusers.pipelines.pipeline_vdm import FORMAT_VERSION, VDMPipeline, levels_to_images
 from vdm_diffusers.prediction import convert
 from vdm_diffusers.time_sampling import low_discrepancy
@@ -139,8 +140,9 @@ class LatentVDMPipeline(DiffusionPipeline):
             self.vae.device, self.vae.dtype
         )
         distribution = self.vae.encode(x).latent_dist
-        mean = (distribution.mean - self.shift_factor) * self.scaling_factor
-        return Normal(mean, distribution.var * self.scaling_factor**2)
+        dtype = at_least_float32(distribution.mean.dtype)
+        mean = (distribution.mean.to(dtype) - self.shift_factor) * self.scaling_factor
+        return Normal(mean, distribution.var.to(dtype) * self.scaling_factor**2)
 
     def _unscaled(self, y: Tensor) -> Tensor:
         return y / self.scaling_factor + self.shift_factor
@@ -150,11 +152,17 @@ class LatentVDMPipeline(DiffusionPipeline):
         posterior = self._posterior(levels)
         return posterior.mean if generator is None else posterior.draw(noise_like(posterior.mean, generator))
 
+    def _decoded(self, z: Tensor) -> Tensor:
+        """The VAE's image of unscaled latents, computed in the VAE's dtype, in float32 or better."""
+        sample = self.vae.decode(z.to(self.vae.dtype)).sample
+        return sample.to(at_least_float32(sample.dtype))
+
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents as integer images: the levels nearest to the decoded image, int64."""
-        sample = self.vae.decode(self._unscaled(latents).to(self.vae.dtype)).sample
-        return decode_pixels(sample, self.config.num_levels, self.config.pixel_encoding)
+        return decode_pixels(
+            self._decoded(self._unscaled(latents)), self.config.num_levels, self.config.pixel_encoding
+        )
 
     def log_likelihood(self, levels: Tensor, latents: Tensor) -> Tensor:
         """ln p(k | z) of integer images given scaled latents: (B,) nats.
@@ -170,7 +178,7 @@ class LatentVDMPipeline(DiffusionPipeline):
                 f"a {type(self.vae).__name__} has no likelihood of integers: pass `decoder_scale`, or call "
                 "`fit_decoder_scale(images)`."
             )
-        return self._logistic(levels, self.vae.decode(z).sample, self.config.decoder_scale)
+        return self._logistic(levels, self._decoded(z), self.config.decoder_scale)
 
     def _logistic(self, levels: Tensor, mean: Tensor, scale: float) -> Tensor:
         return discretized_logistic_log_likelihood(
@@ -192,7 +200,7 @@ class LatentVDMPipeline(DiffusionPipeline):
     def fit_decoder_scale(self, levels: Tensor, *, generator: torch.Generator | None = None) -> float:
         """Set `decoder_scale` to what makes these images most likely given draws of their latents, and return it."""
         y = self.encode(levels, generator=generator or torch.Generator().manual_seed(0))
-        mean = self.vae.decode(self._unscaled(y)).sample
+        mean = self._decoded(self._unscaled(y))
         scales = torch.logspace(math.log10(1e-2 / self.config.num_levels), 0, 60, dtype=torch.float64).tolist()
         best = max(scales, key=lambda scale: float(self._logistic(levels, mean, scale).mean()))
         self.register_to_config(decoder_scale=best)
@@ -222,7 +230,7 @@ class LatentVDMPipeline(DiffusionPipeline):
         noise = noise_like(latents, generator)
         y_t = diffuse(latents, noise, log_snr)
         timestep = self.scheduler.timestep_from_log_snr(log_snr).to(latents.device, torch.float32)
-        output = self.unet(y_t, timestep).sample
+        output = call_network(self.unet, y_t, timestep)
         eps_hat = convert(output, y_t, log_snr, source=self.scheduler.config.prediction_type, target="epsilon")
         error = squared_error(noise, eps_hat)
         # p(y | z_0) = N(z_0 / alpha_0, sigma_0^2 / alpha_0^2) at z_0 = alpha_0 y + sigma_0 eps: the expectation is a constant
@@ -295,7 +303,7 @@ class LatentVDMPipeline(DiffusionPipeline):
             return self.decode(y)
         z = diffuse(y, noise_like(y[:1], generator).expand_as(y), self.scheduler.log_snr(timesteps[0].cpu()))
         for t in timesteps:
-            output = self.unet(z, t.expand(num_images).to(torch.float32)).sample
+            output = call_network(self.unet, z, t)
             z = self.scheduler.step(output, t, z, generator=generator, return_dict=False)[0]
         return self.decode(self._clean(z))
 

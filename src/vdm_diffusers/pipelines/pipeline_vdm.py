@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import os
 import pathlib
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -20,15 +20,22 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
-from huggingface_hub.errors import OfflineModeIsEnabled
 
 from vdm_diffusers.decoders import PIXEL_ENCODINGS, decode_pixels
 from vdm_diffusers.gaussian import alpha_sigma
-from vdm_diffusers.hub import ModelDescription, has_travelled, publish_folder, write_model_card, write_travelling_code
+from vdm_diffusers.hub import (
+    ModelDescription,
+    has_travelled,
+    publish_folder,
+    replacing_weights,
+    write_model_card,
+    write_travelling_code,
+)
+from vdm_diffusers.models.calling import call_network
 from vdm_diffusers.models.labels import default_label, null_label
-from vdm_diffusers.numerics import expand_to
-from vdm_diffusers.pipelines.conditioning import Images, KnownRegion, guide, image_tensor, image_values
-from vdm_diffusers.safety import check_checkpoint, check_repository
+from vdm_diffusers.numerics import as_generator, expand_to
+from vdm_diffusers.pipelines.conditioning import Images, KnownRegion, guide, image_tensor, image_values, mask_tensor
+from vdm_diffusers.safety import cache_if_unreachable, check_checkpoint, check_location, check_repository
 
 FORMAT_VERSION = 1  # of the checkpoint: raised when an older package would misread what a newer one wrote
 MAX_LEVELS = 2**16
@@ -88,8 +95,7 @@ class VDMPipeline(DiffusionPipeline):
             raise ValueError(f"`pixel_encoding` must be one of {', '.join(PIXEL_ENCODINGS)}, got {pixel_encoding!r}.")
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(num_levels=num_levels, pixel_encoding=pixel_encoding, format_version=format_version)
-        self.interrupt = False
-        """Set to `True` by a callback, ends the sampling after the present step."""
+        self._interrupt = False
 
     # --- loading and saving -------------------------------------------------------------------------------------------
 
@@ -109,6 +115,7 @@ class VDMPipeline(DiffusionPipeline):
         """
         if not kwargs.setdefault("use_safetensors", True):
             raise ValueError("`use_safetensors` must be True: a pickled checkpoint runs code when it is loaded.")
+        check_location(pretrained_model_name_or_path)
         if os.path.isdir(pretrained_model_name_or_path):
             _check_folder(cls, pretrained_model_name_or_path, kwargs)
         # not super(): `LatentVDMPipeline` has these four methods too, and is no subclass
@@ -118,8 +125,8 @@ class VDMPipeline(DiffusionPipeline):
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike[str]:
         """Fetch a repository into the cache, as [`DiffusionPipeline.download`] does, once its configs have been checked."""
         if not kwargs.get("local_files_only"):
-            # offline nothing will be downloaded, and what the cache holds is checked below
-            with contextlib.suppress(OfflineModeIsEnabled):
+            # what the cache holds is checked below
+            with cache_if_unreachable(pretrained_model_name):
                 check_repository(
                     pretrained_model_name,
                     pipeline=cls.__name__,
@@ -155,7 +162,8 @@ class VDMPipeline(DiffusionPipeline):
         """
         if not safe_serialization:
             raise ValueError("`safe_serialization` must be True: a pickled checkpoint runs code when it is loaded.")
-        DiffusionPipeline.save_pretrained(self, save_directory, variant=variant, max_shard_size=max_shard_size)
+        with replacing_weights(save_directory):
+            DiffusionPipeline.save_pretrained(self, save_directory, variant=variant, max_shard_size=max_shard_size)
         if has_travelled():
             write_travelling_code(save_directory)
         if push_to_hub:
@@ -209,20 +217,20 @@ class VDMPipeline(DiffusionPipeline):
             )
 
     @classmethod
-    def from_pipeline(
+    def from_pipe(
         cls,
         pipeline: DiffusionPipeline,
         *,
-        num_levels: int = 256,
-        pixel_encoding: str = "endpoint",
+        num_levels: int | None = None,
+        pixel_encoding: str | None = None,
         scheduler: SchedulerMixin | None = None,
     ) -> VDMPipeline:
-        """Adopt a pipeline of Diffusers that has `unet` and `scheduler` and works on pixels; the weights are shared.
+        """Adopt a pipeline that has `unet` and `scheduler` and works on pixels; the weights are shared.
 
         Args:
             pipeline: for instance `DDPMPipeline.from_pretrained("google/ddpm-cifar10-32")`.
-            num_levels, pixel_encoding: of the images it was trained on. Diffusers' training scripts map 8-bit images to
-                `k / 127.5 - 1`, which the defaults say.
+            num_levels, pixel_encoding: of the images it was trained on; None: the pipeline's own, else 256 and `"endpoint"`, since
+                Diffusers' training scripts map 8-bit images to `k / 127.5 - 1`.
             scheduler: instead of the pipeline's own; `VDMScheduler.from_config(pipeline.scheduler.config)` for the exact one.
 
         Raises:
@@ -236,12 +244,30 @@ class VDMPipeline(DiffusionPipeline):
                 f"{', '.join(sorted(components))}. A model of latents has no pixels to decode here; a network under another "
                 "name is passed as VDMPipeline(unet=..., scheduler=...)."
             )
+        own = pipeline.config
         return cls(
             components["unet"],
             scheduler or components["scheduler"],
-            num_levels=num_levels,
-            pixel_encoding=pixel_encoding,
+            num_levels=own.get("num_levels", 256) if num_levels is None else num_levels,
+            pixel_encoding=pixel_encoding or own.get("pixel_encoding", "endpoint"),
         )
+
+    @classmethod
+    def from_pipeline(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> VDMPipeline:
+        """The name of `from_pipe` in 0.1."""
+        warnings.warn(
+            "`from_pipeline` is called `from_pipe`, as in Diffusers, and will go.", FutureWarning, stacklevel=2
+        )
+        return cls.from_pipe(pipeline, **kwargs)
+
+    @property
+    def interrupt(self) -> bool:
+        """Set to `True` by a callback (as `pipe.interrupt` or, as in Diffusers, `pipe._interrupt`), ends the sampling after this step."""
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = value
 
     # --- sampling -----------------------------------------------------------------------------------------------------
 
@@ -252,7 +278,7 @@ class VDMPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         class_labels: int | Sequence[int] | torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: torch.Generator | list[torch.Generator] | int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[VDMPipeline, int, torch.Tensor, dict[str, Any]], dict[str, Any] | None]
@@ -265,7 +291,7 @@ class VDMPipeline(DiffusionPipeline):
         negative_class_labels: int | Sequence[int] | torch.Tensor | None = None,
         image: Images | None = None,
         strength: float | None = None,
-        mask: torch.Tensor | None = None,
+        mask: torch.Tensor | np.ndarray | PIL.Image.Image | None = None,
         num_particles: int = 1,
     ) -> ImagePipelineOutput | tuple:
         r"""Sample images: freely, guided towards a class, from an image, or around known pixels.
@@ -276,7 +302,7 @@ class VDMPipeline(DiffusionPipeline):
             class_labels: one for all images, or one for each, if the model has classes.
             latents: `(batch_size, C, H, W)` standard normal noise to start from, for instance of another size than the model's
                 `sample_size`; `None`: drawn from `generator`.
-            generator: of the noise; a list has one for each image, and an image then does not depend on its neighbours.
+            generator: of the noise, or the seed of one; a list has one for each image, and an image then does not depend on its neighbours.
             output_type: `"pil"`: 8-bit images, levels scaled to 0..255; `"np"`: `(B, H, W, C)` and `"pt"`: `(B, C, H, W)`, float32
                 in [0, 1], level `k` as `k / (num_levels - 1)`; `"latent"`: the last latents, not decoded.
             return_dict: return an [`ImagePipelineOutput`], else a tuple of its only field.
@@ -289,7 +315,8 @@ class VDMPipeline(DiffusionPipeline):
             image: PIL images, floats in [0, 1] or integer levels, to start from or to complete. One serves the whole batch.
             strength: the share of the grid, in (0, 1], that is run, from `image` with the noise of that level; `None`: 1 with a
                 `mask`, else 0.8.
-            mask: `(H, W)`, or broadcastable to the images; 1 where pixels are to be made, 0 where `image` holds.
+            mask: `(H, W)`, or broadcastable to the images; 1 where pixels are to be made, 0 where `image` holds. A PIL image or an
+                array of 0 and 255 too.
             num_particles: with a `mask`: K simulations for each image, resampled so that the result tends to the model's own
                 conditional distribution as K grows. Needs a `VDMScheduler` with ancestral sampling.
 
@@ -303,6 +330,9 @@ class VDMPipeline(DiffusionPipeline):
         >>> image = pipe(num_inference_steps=250, generator=torch.Generator().manual_seed(0)).images[0]
         ```
         """
+        generator = as_generator(generator)
+        assert not isinstance(generator, int)
+        mask = None if mask is None else mask_tensor(mask)
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         x = None if image is None else image_tensor(image, self.config.num_levels, self.config.pixel_encoding)
@@ -355,8 +385,6 @@ class VDMPipeline(DiffusionPipeline):
             else {"class_labels": _labels(labels, shape[0]).repeat_interleave(num_particles).to(device)}
             for labels in (class_labels, self._negative_labels(guidance_scale, negative_class_labels))
         )
-        # A network that reads the last bits of the sample says so; any other gets it in the dtype of its weights.
-        model_dtype = dtype if getattr(self.unet, "takes_float32_sample", False) else self.unet.dtype
         # deterministic schedulers of Diffusers take no generator
         step_kwargs = (
             {"generator": generator} if "generator" in inspect.signature(self.scheduler.step).parameters else {}
@@ -380,10 +408,10 @@ class VDMPipeline(DiffusionPipeline):
                 latents = noised
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps[first:], first):
-                model_input = self.scheduler.scale_model_input(latents, t).to(model_dtype)
-                model_output = self.unet(model_input, t.expand(len(latents)), **conditioning).sample.to(dtype)
+                model_input = self.scheduler.scale_model_input(latents, t)
+                model_output = call_network(self.unet, model_input, t, **conditioning).to(dtype)
                 if negative:
-                    unguided = self.unet(model_input, t.expand(len(latents)), **negative).sample.to(dtype)
+                    unguided = call_network(self.unet, model_input, t, **negative).to(dtype)
                     model_output = guide(model_output, unguided, guidance_scale, shape[1])
                 model_output = self._without_unused_variance(model_output, shape[1])
                 before = latents
