@@ -23,50 +23,27 @@ if __name__ == "__main__":
     parse_evaluation()  # --help and what cannot be are answered before the seconds that the imports below take
 
 import dataclasses
-import json
 import math
+import os
+import tempfile
+import time
 from typing import Any
 
 import torch
-from checkpoints import MANIFEST, CheckpointError, verify, write_json
-from data import DataError, ImageSet, default_test_split, load_split
-from diffusers import DiffusionPipeline
+from checkpoints import CheckpointError, write_json
+from data import DataError, ImageSet, default_test_split, figure_name, load_split
 from diffusers.utils import logging as diffusers_logging
 from evaluating import TERMS, bits_per_dim, combined_error, draw_samples, histogram_bits_per_dim, loss_by_log_snr
 from evaluation_report import extreme_images, markdown_block, plot_steps, plot_terms, plot_weights, write_per_image
 from latent_models import LatentModel, latent_bits_per_dim, latent_pictures, latent_report, latent_samples
+from loading import folder_name, is_on_hub, load_model
 from plots import image_grid, plot_loss_by_log_snr
 from sample_quality import SampleQualityError, inception, sample_quality
 from torch import Tensor
 
-from vdm_diffusers import HierarchicalVAE, LatentVDMPipeline, VariationalAutoencoder, VDMPipeline, VDMScheduler
+from vdm_diffusers import LatentVDMPipeline, VDMPipeline, VDMScheduler
 from vdm_diffusers.hub import Provenance
 from vdm_diffusers.models.labels import is_class_conditional, num_classes
-
-VAES = {"VariationalAutoencoder": VariationalAutoencoder, "HierarchicalVAE": HierarchicalVAE}
-
-
-def load_pipeline(checkpoint: str, device: torch.device) -> VDMPipeline | LatentModel:
-    """A VDMPipeline with its exact scheduler, a VAE, or a LatentVDMPipeline; what train.py wrote is verified first.
-
-    Raises:
-        CheckpointError: it is damaged, or there is no pipeline.
-    """
-    folder = Path(checkpoint)
-    if (folder / MANIFEST).is_file():
-        verify(folder)
-    if (folder / "config.json").is_file():
-        name = json.loads((folder / "config.json").read_text(encoding="utf-8"))["_class_name"]
-        if name not in VAES:
-            raise CheckpointError(f"{folder} holds a {name}: a pipeline is needed, or one of {', '.join(VAES)}.")
-        return VAES[name].from_pretrained(folder).to(device).eval()
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        present = ", ".join(sorted(path.name for path in folder.glob("checkpoint-*"))) or "none"
-        raise CheckpointError(f"{folder} holds no finished pipeline; checkpoints in it: {present}.")
-    pipeline = DiffusionPipeline.from_pretrained(checkpoint)
-    if not isinstance(pipeline, (VDMPipeline, LatentVDMPipeline)):
-        pipeline = VDMPipeline.from_pipe(pipeline, scheduler=VDMScheduler.from_config(pipeline.scheduler.config))
-    return pipeline.to(device)
 
 
 def table(rows: list[tuple[str, str]]) -> str:
@@ -87,7 +64,9 @@ def evaluate(
     if args.fid:  # what is missing is said before anything is computed
         feature = inception(args.fid_weights) if fid_feature is None else fid_feature
     default = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    pipeline = load_pipeline(args.checkpoint, torch.device(args.device or default))
+    begun, lengths = time.time_ns(), chain_lengths(args)
+    output_dir = results_folder(args)
+    pipeline = load_model(args.checkpoint, args.device or default)
     record = training_record(args.checkpoint)
     data_seed = record["arguments"]["seed"] if record else 0
     split = args.split or default_test_split(data)
@@ -95,10 +74,9 @@ def evaluate(
     images = images if args.max_images is None else images.first(args.max_images)
     check_fit(pipeline, images)
     if not isinstance(pipeline, VDMPipeline):
-        return evaluate_latent(args, data, pipeline, images)
+        return evaluate_latent(args, data, pipeline, images, output_dir)
     print(f"evaluating {args.checkpoint} on {images.name}")
 
-    lengths = chain_lengths(args)
     chain = ancestral(pipeline)
     if chain is not pipeline and (lengths or args.method in ("discrete", "importance_weighted")):
         print(
@@ -123,6 +101,7 @@ def evaluate(
         "combined_error": error,
         "images": images.name,
         "split": split,
+        "figure": figure_name(data, split, conditional=is_class_conditional(pipeline.unet)),
         "checkpoint": str(args.checkpoint),
         "fingerprint": images.fingerprint(),
         "provenance": dataclasses.asdict(Provenance.of_this_run(args.seed)),
@@ -139,7 +118,7 @@ def evaluate(
             load_split(data, data.train_split, data_seed), images
         )
 
-    output_dir = results_folder(args)
+    print(figure_line(result), flush=True)  # before anything is written, which may fail
     if lengths:
         result["steps_curve"] = steps_curve(chain, images, args, lengths)
         plot_steps(output_dir / "steps.png", result["steps_curve"])
@@ -196,26 +175,51 @@ def evaluate(
             ("for comparison: one histogram for each pixel", f"{result['histogram_bits_per_dim']:.4f} bits/dim")
         )
     print(table(rows))
-    print(f"wrote {', '.join(sorted(path.name for path in output_dir.iterdir()))} to {output_dir}")
+    print(f"wrote {', '.join(written_since(output_dir, begun))} to {output_dir}")
     return result
 
 
 def results_folder(args: EvaluateArguments) -> Path:
-    """Where the results go; it is made."""
-    inside = Path(args.checkpoint) / "evaluation" if Path(args.checkpoint).is_dir() else "evaluation"
-    output_dir = Path(args.output_dir or inside)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    """Where the results go, made and tried before any work: beside a local checkpoint, in evaluation/owner--name for one of the Hub.
+
+    Raises:
+        CheckpointError: nothing can be written there; or no such checkpoint.
+    """
+    on_hub = is_on_hub(args.checkpoint)
+    default = Path("evaluation", folder_name(args.checkpoint)) if on_hub else Path(args.checkpoint) / "evaluation"
+    output_dir = Path(args.output_dir or default).expanduser()
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"nothing can be written to {output_dir} ({error.strerror}): choose another --output_dir."
+        ) from None
     return output_dir
 
 
+def written_since(folder: Path, begun: int) -> list[str]:
+    """The names of the files that this run wrote there; those of an earlier one may lie beside them."""
+    return sorted(
+        path.name for path in folder.iterdir() if path.is_file() and path.stat().st_mtime_ns >= begun - 10**9
+    )
+
+
+def figure_line(result: dict[str, Any]) -> str:
+    """The figure in one line, which says of which images it is."""
+    return f"{result['figure']}: {result['bits_per_dim']:.3f} +- {result['combined_error']:.3f}"
+
+
 def evaluate_latent(
-    args: EvaluateArguments, data: DataArguments, model: LatentModel, images: ImageSet
+    args: EvaluateArguments, data: DataArguments, model: LatentModel, images: ImageSet, output_dir: Path
 ) -> dict[str, Any]:
     """`evaluate` for a model with a learned encoder: the same report, and for a VAE the bound of --num_samples samples.
 
     Raises:
         ValueError: for what only diffusion models have.
     """
+    begun = time.time_ns()
     wanted = {"--method": args.method != "auto", "--steps_curve": args.steps_curve, "--fid": args.fid}
     wanted |= likelihood_options(args)
     refused = [name for name, value in wanted.items() if value]
@@ -228,6 +232,7 @@ def evaluate_latent(
         "combined_error": error,
         "images": images.name,
         "split": args.split or default_test_split(data),
+        "figure": figure_name(data, args.split or default_test_split(data)),
         "checkpoint": str(args.checkpoint),
         "fingerprint": images.fingerprint(),
         "provenance": dataclasses.asdict(Provenance.of_this_run(args.seed)),
@@ -258,7 +263,7 @@ def evaluate_latent(
         rows.append(
             ("for comparison: one histogram for each pixel", f"{result['histogram_bits_per_dim']:.4f} bits/dim")
         )
-    output_dir = results_folder(args)
+    print(figure_line(result), flush=True)
     write_per_image(output_dir / "per_image.parquet", result, images)
     extreme_images(output_dir / "most_and_least_likely.png", result, images, model.config.num_levels)
     plot_terms(output_dir / "terms.png", result, images.num_dims)
@@ -275,7 +280,7 @@ def evaluate_latent(
     for name, (levels, columns) in pictures.items():
         image_grid(levels, model.config.num_levels, columns=columns).save(output_dir / f"{name}.png")
     print(table(rows))
-    print(f"wrote {', '.join(sorted(path.name for path in output_dir.iterdir()))} to {output_dir}")
+    print(f"wrote {', '.join(written_since(output_dir, begun))} to {output_dir}")
     return result
 
 
@@ -365,6 +370,11 @@ def check_fit(pipeline: VDMPipeline | LatentModel, images: ImageSet) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit code."""
     args, data = parse_evaluation(argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        print(
+            "evaluate.py: error: it runs in one process: start it with python, not with a launcher.", file=sys.stderr
+        )
+        return 2
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     try:
@@ -372,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
     except (DataError, CheckpointError, SampleQualityError, ValueError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2
-    print(f"held-out bits/dim: {result['bits_per_dim']:.3f} +- {result['combined_error']:.3f}")
+    print(figure_line(result))
     return 0
 
 

@@ -100,7 +100,8 @@ def check_hub_access(
         return api.repo_info(repo_id).id
     if namespace not in (user["name"], *(org["name"] for org in user.get("orgs", []))):
         raise PermissionError(
-            f"{user['name']} may not push to {repo_id!r}: {namespace} is neither that user nor an own organisation."
+            f"{user['name']} may not push to {repo_id!r}: {namespace} is neither that user nor an own organisation. "
+            "To propose a change, pass create_pr=True."
         )
     full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.repo_info(full_id).private:

@@ -50,6 +50,9 @@ _WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?
 logger = logging.get_logger(__name__)
 
 
+OWN_FOLDERS = ("outputs/", "model_cards/")  # of this project's commands: no owner of repositories
+
+
 class UnsafeCheckpointError(ValueError):
     """A checkpoint is damaged, hostile, or says things that do not go together."""
 
@@ -99,7 +102,7 @@ def check_repository(
     What weights there are must not be larger than what the config describes needs in float64.
     Raises huggingface_hub's own errors where the repository cannot be read.
     """
-    sizes, read, _ = _repository(repo_id, revision, token, cache_dir)
+    sizes, read = _repository(repo_id, revision, token, cache_dir)
     index = read("model_index.json")
     _check_config("pipeline", index)
     for name, (library, class_name) in _components(index, pipeline, passed).items():
@@ -134,14 +137,14 @@ def check_model(
         place = {key: options.get(key) for key in ("revision", "token", "cache_dir")}
         if not options.get("local_files_only"):
             with cache_if_unreachable(str(source)):
-                sizes, read, place["revision"] = _repository(str(source), **place)
+                sizes, read = _repository(str(source), **place)
                 prefix = f"{subfolder}/" if subfolder else ""
                 config = read(f"{prefix}config.json")
                 _check_class(name, config)
                 _check_config(name, config)
                 beside = {p: size for p, size in sizes.items() if p.rpartition("/")[0] == subfolder}
                 _check_sizes(component, config, beside, str(source))
-        # what is checked below is what is loaded, whatever is pushed meanwhile
+        # By its branch, which the cache then knows. What is checked below is what is loaded, whatever was pushed meanwhile.
         patterns = [f"{subfolder}/{kind}" if subfolder else kind for kind in ("*.json", "*.safetensors")]
         source = snapshot_download(
             str(source), allow_patterns=patterns, local_files_only=bool(options.get("local_files_only")), **place
@@ -158,7 +161,9 @@ def check_model(
 def check_location(location: str | os.PathLike[str]) -> None:
     """Raise FileNotFoundError for what looks like a path and is not there: the Hub is asked for names alone."""
     text = os.fspath(location)
-    looks = not isinstance(location, str) or text.startswith((".", "/", "~", "\\")) or text.count("/") > 1
+    looks = (
+        not isinstance(location, str) or text.startswith((".", "/", "~", "\\", *OWN_FOLDERS)) or text.count("/") > 1
+    )
     if looks and not os.path.isdir(text):
         raise FileNotFoundError(
             f"there is no folder {text!r}. (It looks like a path, so the Hub was not asked: a repository is called 'owner/name'.)"
@@ -191,8 +196,8 @@ def _check_class(name: str, config: Mapping[str, Any]) -> None:
 
 def _repository(
     repo_id: str, revision: str | None, token: str | bool | None, cache_dir: str | os.PathLike[str] | None
-) -> tuple[dict[str, int], Callable[[str], dict[str, Any]], str | None]:
-    """Path -> bytes of a repository's files, a function that reads a config of it, and the commit."""
+) -> tuple[dict[str, int], Callable[[str], dict[str, Any]]]:
+    """Path -> bytes of a repository's files, and a function that reads a config of it."""
     info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
     for path in sizes:
@@ -214,7 +219,7 @@ def _repository(
         local = hf_hub_download(repo_id, path, revision=info.sha, token=token, cache_dir=cache_dir)
         return parse_json(pathlib.Path(local).read_bytes(), path)
 
-    return sizes, read, info.sha
+    return sizes, read
 
 
 def _check_sizes(component: type, config: Mapping[str, Any], sizes: Mapping[str, int], repo_id: str) -> None:
@@ -437,9 +442,12 @@ def read_header(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
 
     The library checks that tensors lie in the file one after another, without gap or overlap, and fill it.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise UnsafeCheckpointError(f"{path.name} cannot be read: {error.strerror}.") from error
     if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
         raise UnsafeCheckpointError(
             f"{path.name} has {size} bytes and says that its header alone has {length}: it is cut short or no safetensors."

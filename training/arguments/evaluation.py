@@ -91,7 +91,10 @@ class EvaluateArguments:
         True, "Also print the bits/dim of independent histograms of the training images' pixels."
     )
     output_dir: str | None = argument(
-        None, "Folder for the results; none: `evaluation` in the checkpoint's folder.", basic=True, path=True
+        None,
+        "Folder for the results; none: `evaluation` in the checkpoint's folder, or evaluation/owner--name for one of the Hub.",
+        basic=True,
+        path=True,
     )
     device: str | None = argument(None, "Device; none: an accelerator if there is one.", basic=True)
 
