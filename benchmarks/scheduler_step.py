@@ -1,4 +1,4 @@
-"""What does a step cost? VDMScheduler against three of Diffusers' schedulers, on the CPU.
+"""What does a step cost? VDMScheduler and VDMFlowScheduler against four of Diffusers' schedulers, on the CPU.
 
 The schedulers take turns, block by block, so that other work on the machine meets all of them alike; times are medians of
 blocks of 49 steps, ratios are medians of the ratios within a round. Kernels are the operations that touch a tensor of the sample's
@@ -16,10 +16,15 @@ import statistics
 import time
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vdm_diffusers import VDMScheduler
+from vdm_diffusers import VDMFlowScheduler, VDMScheduler
 
 SHAPES = [(1, 1, 1, 2), (1, 3, 32, 32), (1, 4, 64, 64), (16, 3, 32, 32), (4, 4, 128, 128)]
 SCHEDULERS = {
@@ -29,11 +34,14 @@ SCHEDULERS = {
     "DDIMScheduler": (DDIMScheduler, {}),
     "VDMScheduler 2M": (VDMScheduler, {"stochasticity": 0.0, "multistep_order": 2, "clip_sample": False}),
     "DPMSolverMultistepScheduler": (DPMSolverMultistepScheduler, {}),
+    "VDMFlowScheduler": (VDMFlowScheduler, {}),
+    "FlowMatchEulerDiscreteScheduler": (FlowMatchEulerDiscreteScheduler, {}),
 }
 PAIRS = [
     ("DDPMScheduler", "VDMScheduler"),
     ("DDIMScheduler", "VDMScheduler, stochasticity 0"),
     ("DPMSolverMultistepScheduler", "VDMScheduler 2M"),
+    ("FlowMatchEulerDiscreteScheduler", "VDMFlowScheduler"),
 ]
 VIEWS = {
     "view",
@@ -94,7 +102,7 @@ def count(name: str) -> tuple[int, int | str]:
     for t in scheduler.timesteps[:10]:  # past the first steps of multistep samplers
         with Counter(sample.numel()) as counter:
             scheduler.step(output, t, sample)
-    if make is not VDMScheduler:
+    if make not in (VDMScheduler, VDMFlowScheduler):
         return counter.kernels, counter.reads
     # On the CPU ours looks its timestep up; on a device it does not. The meta device proves it: its values cannot be read.
     scheduler.set_timesteps(50, device="meta")

@@ -21,7 +21,7 @@ from diffusers import (
 )
 from diffusers.utils import DummyObject
 
-from vdm_diffusers import VDMScheduler, evaluate_likelihood
+from vdm_diffusers import VDMFlowScheduler, VDMScheduler, VDMSigmaScheduler, evaluate_likelihood
 from vdm_diffusers.evaluation.chains import adopt
 
 NAMES = sorted(
@@ -109,16 +109,61 @@ def test_every_class_is_read_right_or_refused(name, changes, caplog):
             )
         check_table(adopt(peer), peer, guard=False)  # what an evaluator takes is the object's own
         return
-    right = "VDMFlowScheduler" if name.startswith((*FLOWS, *SIGMAS)) else name
-    with pytest.raises(ValueError, match=right):
-        adopt(peer)
-    if (
-        not peer.config.keys() <= inspect.signature(VDMScheduler.__init__).parameters.keys()
-    ):  # where anything tells whose it is
+    ours = OURS.get(name)
+    right = ours.__name__ if ours else name
+    if ours:
+        if peer.config.get("prediction_type") == "sample":  # which the peer takes, and refuses in its first step
+            with pytest.raises(ValueError, match=f"keep {name}"):
+                ours.from_config(peer.config)
+            return
+        if name == "FlowMatchHeunDiscreteScheduler":  # whose keys are those of another class too
+            with pytest.raises(ValueError, match="FlowMapEulerDiscreteScheduler or FlowMatchHeunDiscreteScheduler"):
+                ours.from_config(peer.config)
+        else:
+            check_other_path(ours.from_config(peer.config), peer)
+        check_other_path(ours.from_config({**peer.config, "_class_name": name}), peer)
+        assert adopt(peer).timeline.log_snr(adopt(peer).timeline.timestep(1.0)) == pytest.approx(1.0)
+    else:
         with pytest.raises(ValueError, match=right):
+            adopt(peer)
+    says_whose = not peer.config.keys() <= inspect.signature(VDMScheduler.__init__).parameters.keys()
+    if says_whose:
+        with pytest.raises(ValueError, match="VDMFlowScheduler" if name.startswith("FlowMap") else right):
             VDMScheduler.from_config(peer.config).set_timesteps(5)
     with pytest.raises(ValueError, match=right):
         VDMScheduler.from_config({**peer.config, "_class_name": name}).log_snr(3)
+    for cls in (VDMFlowScheduler, VDMSigmaScheduler):
+        if cls is not ours:
+            with pytest.raises(ValueError, match=right):
+                cls.from_config({**peer.config, "_class_name": name})
+
+
+OURS = {
+    **dict.fromkeys(
+        ["FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"],
+        VDMFlowScheduler,
+    ),
+    **dict.fromkeys(["EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"], VDMSigmaScheduler),
+}
+
+
+def check_other_path(ours, peer):
+    """The same sigmas for the model's own steps, and the same words for what belongs to the model."""
+    for key in ("num_train_timesteps", "shift", "sigma_min", "sigma_max", "sigma_data", "prediction_type"):
+        assert key not in peer.config or ours.config[key] == peer.config[key], key
+    if hasattr(ours, "shift"):
+        torch.testing.assert_close(ours.sigmas, peer.sigmas[: len(ours.sigmas)], rtol=1e-6, atol=1e-7)
+    else:
+        assert float(ours.sigmas[0]) == pytest.approx(float(peer.sigmas[0]), rel=1e-4)
+        assert ours.init_noise_sigma == peer.init_noise_sigma
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if has_integer_timesteps(name)])
+def test_a_table_is_refused_by_the_schedulers_of_other_paths(name):
+    peer = build(name, {})
+    for cls in (VDMFlowScheduler, VDMSigmaScheduler):
+        with pytest.raises(ValueError, match=r"VDMScheduler|VDMFlowScheduler"):
+            cls.from_config(peer.config)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if has_integer_timesteps(name)])
@@ -157,9 +202,15 @@ FLOW_SIGMAS = ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler", "DEISMu
 @pytest.mark.parametrize("name", FLOW_SIGMAS)
 def test_flow_sigmas(name):
     peer = build(name, {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0})
-    for call in (lambda: VDMScheduler.from_config(peer.config), lambda: adopt(peer)):
-        with pytest.raises(ValueError, match=r"flow path .* Use VDMFlowScheduler"):
-            call()
+    with pytest.raises(ValueError, match=r"flow path .* Use VDMFlowScheduler"):
+        VDMScheduler.from_config(peer.config)
+    ours = VDMFlowScheduler.from_config({**peer.config, "_class_name": name})
+    for s in (peer, ours):
+        s.set_timesteps(6, device="cpu") if s is peer else s.set_timesteps(sigmas=np.linspace(1, 1 / 6, 6))
+    assert ours.shift == 3.0 and ours.config.prediction_type == "flow_prediction"
+    # the peer feeds its network whole numbers
+    torch.testing.assert_close(ours.timesteps[1:], peer.timesteps[1:].float(), rtol=0.02, atol=1.0)
+    assert type(adopt(peer)) is VDMFlowScheduler and adopt(peer).shift == 3.0
 
 
 @pytest.mark.parametrize(
@@ -172,8 +223,11 @@ def test_flow_sigmas(name):
 def test_what_ddpm_takes_in_silence_warns_and_is_not_evaluated(peer, message):
     with pytest.warns(UserWarning, match=message):
         VDMScheduler.from_config(peer().config)
-    with pytest.raises(ValueError, match=message):
-        adopt(peer())
+    if message == "use_flow_sigmas":  # noise predicted on the flow path
+        assert type(adopt(peer())) is VDMFlowScheduler and adopt(peer()).config.prediction_type == "epsilon"
+    else:
+        with pytest.raises(ValueError, match=message):
+            adopt(peer())
 
 
 def test_a_class_that_only_visited_leaves_the_table_alone():

@@ -12,7 +12,7 @@ from data import UNLABELLED
 from randomness import generator_for, row_noise, seed_for
 from torch import Tensor
 
-from vdm_diffusers import LearnedNoiseSchedule, VDMScheduler
+from vdm_diffusers import LearnedNoiseSchedule, VDMFlowScheduler, VDMScheduler
 from vdm_diffusers.adaptive_time_sampling import AdaptiveTimeSampler
 from vdm_diffusers.decoders import encode_pixels, softmax_log_likelihood
 from vdm_diffusers.elbo import bits_per_dim, continuous_weight, discrete_weight, prior_kl
@@ -33,8 +33,12 @@ class Rows:
     total: int
 
 
-def make_scheduler(args: DiffusionArguments) -> VDMScheduler:
+def make_scheduler(args: DiffusionArguments) -> VDMScheduler | VDMFlowScheduler:
     """The scheduler that is trained with, and saved with the model."""
+    if args.path == "flow":
+        return VDMFlowScheduler(
+            num_train_timesteps=args.ddpm_num_steps, shift=args.flow_shift, stochasticity=args.stochasticity or 0.0
+        )
     return VDMScheduler(
         num_train_timesteps=args.ddpm_num_steps,
         beta_schedule=args.ddpm_beta_schedule,
@@ -43,8 +47,13 @@ def make_scheduler(args: DiffusionArguments) -> VDMScheduler:
         log_snr_min=args.log_snr_min,
         variance_type=args.variance_type,
         log_snr_table=args.log_snr_table,
-        stochasticity=args.stochasticity,
+        stochasticity=1.0 if args.stochasticity is None else args.stochasticity,
     )
+
+
+def schedule_name(args: DiffusionArguments) -> str:
+    """The noise schedule in words."""
+    return f"of a flow, shift {args.flow_shift:g}" if args.path == "flow" else args.ddpm_beta_schedule
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class DiffusionTask:
     def __init__(
         self,
         args: DiffusionArguments,
-        scheduler: VDMScheduler,
+        scheduler: VDMScheduler | VDMFlowScheduler,
         *,
         num_levels: int,
         seed: int,
@@ -118,7 +127,9 @@ class DiffusionTask:
         self._generator = torch.Generator(device)
         # of x_1, x_2, ...: looked up, not computed, at every step
         every = torch.arange(args.ddpm_num_steps, dtype=torch.float64)
-        self._table = None if scheduler.is_log_snr_schedule or not self.discrete else scheduler.log_snr(every)
+        self.path = scheduler.timeline.path
+        in_table = scheduler.timeline.entries is not None
+        self._table = scheduler.log_snr(every) if in_table and self.discrete else None
 
     def times(self, rows: Rows) -> Times:
         """The times of each row."""
@@ -158,7 +169,7 @@ class DiffusionTask:
         x = encode_pixels(levels, self.num_levels, args.pixel_encoding)
         noise = row_noise(x.shape, self.seed, rows.step, rows.first, self._generator, self.device)
         times = self.times(rows)
-        z_t = diffuse(x, noise, times.log_snr)
+        z_t = diffuse(x, noise, times.log_snr, path=self.path)
         conditioning = {}
         if self.num_classes is not None:
             if labels is None:
@@ -179,6 +190,7 @@ class DiffusionTask:
             prediction_type=args.prediction_type,
             objective=args.loss,
             elbo_weight=times.elbo_weight,
+            path=self.path,
             min_snr_gamma=args.min_snr_gamma,
             sigmoid_bias=args.sigmoid_bias,
         )
@@ -194,7 +206,7 @@ class DiffusionTask:
         """(count,) nats: the bound of each row's step as a function of the predicted variance."""
         assert times.step is not None
         kinds = {"prediction_type": self.args.prediction_type, "variance_type": self.args.variance_type}
-        if self.scheduler.is_log_snr_schedule:
+        if self.scheduler.timeline.entries is None:
             log_snr_s = self.schedule.log_snr((times.step - 1) / self.args.ddpm_num_steps)
             return variance_bound(output, x, noise, log_snr_s, times.log_snr, **kinds)
         bound = torch.zeros(len(x), dtype=torch.float64, device=x.device)

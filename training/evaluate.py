@@ -41,7 +41,7 @@ from plots import image_grid, plot_loss_by_log_snr
 from sample_quality import SampleQualityError, inception, sample_quality
 from torch import Tensor
 
-from vdm_diffusers import LatentVDMPipeline, VDMPipeline, VDMScheduler
+from vdm_diffusers import LatentVDMPipeline, VDMPipeline
 from vdm_diffusers.hub import Provenance
 from vdm_diffusers.models.labels import is_class_conditional, num_classes
 
@@ -318,7 +318,7 @@ def ancestral(pipeline: VDMPipeline) -> VDMPipeline:
     config = pipeline.scheduler.config
     if config.stochasticity in (0, 1):
         return pipeline
-    scheduler = VDMScheduler.from_config(config, stochasticity=1.0)
+    scheduler = type(pipeline.scheduler).from_config(config, stochasticity=1.0)
     levels = {name: pipeline.config[name] for name in ("num_levels", "pixel_encoding")}
     return VDMPipeline(pipeline.unet, scheduler, **levels)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from vdm_diffusers import VDMPipeline, evaluate_likelihood
 from vdm_diffusers.decoders import encode_pixels
 from vdm_diffusers.elbo import squared_error
+from vdm_diffusers.evaluation.adapters import Predictor
 from vdm_diffusers.gaussian import diffuse
 from vdm_diffusers.likelihood import LikelihoodReport
 from vdm_diffusers.models.labels import default_label
@@ -131,22 +132,19 @@ def loss_by_log_snr(
     highest, lowest = schedule.log_snr_max, max(schedule.log_snr_min, -20.0)  # below, nothing is left to predict
     width = (highest - lowest) / num_points
     labels = labels_to_evaluate(pipeline.unet, images)
+    if labels is None and default_label(pipeline.unet) is not None:
+        labels = torch.full((len(images),), default_label(pipeline.unet))
+    predict = Predictor(pipeline.unet, scheduler, device, labels, {}, len(images))
+    source = scheduler.timeline.on_vp(torch.zeros(1).double(), scheduler.config.prediction_type)[0]
     points = []
     for index in range(num_points):
         log_snr = highest - (index + 0.5) * width
-        timestep = float(scheduler.timestep_from_log_snr(torch.tensor(log_snr, dtype=torch.float64)))
         generator, errors = generator_for(seed, "profile", index), []
         for batch in chosen.split(batch_size):
             x = encode_pixels(images.images[batch], config.num_levels, config.pixel_encoding).to(device)
             noise = torch.randn(x.shape, generator=generator).to(device)
             z_t = diffuse(x, noise, log_snr)
-            conditioning = {}
-            if labels is not None:
-                conditioning["class_labels"] = labels[batch].to(device)
-            elif default_label(pipeline.unet) is not None:
-                conditioning["class_labels"] = torch.full((len(x),), default_label(pipeline.unet), device=device)
-            output = pipeline.unet(z_t, torch.full((len(x),), timestep, device=device), **conditioning).sample
-            source = scheduler.config.prediction_type
+            output = predict(z_t, torch.full((len(x),), log_snr, dtype=torch.float64), batch)
             eps_hat = convert(output[:, : x.shape[1]], z_t, log_snr, source=source, target="epsilon")
             errors.append(squared_error(noise, eps_hat).cpu() / images.num_dims)
         mse = torch.cat(errors).double()

@@ -10,7 +10,7 @@ from arguments import DiffusionArguments
 from diffusion import Losses
 from safetensors.torch import load_file, save_file
 
-from vdm_diffusers import LearnedNoiseSchedule, VDMScheduler
+from vdm_diffusers import LearnedNoiseSchedule, VDMFlowScheduler, VDMScheduler
 from vdm_diffusers.adaptive_time_sampling import AdaptiveTimeSampler
 
 _SCHEDULE, _OPTIMIZER, _SAMPLER = "schedule.safetensors", "schedule_optimizer.pt", "time_sampler.safetensors"
@@ -24,7 +24,9 @@ class TimeLearning:
         sampler: for --time_sampling adaptive.
     """
 
-    def __init__(self, args: DiffusionArguments, scheduler: VDMScheduler, device: torch.device) -> None:
+    def __init__(
+        self, args: DiffusionArguments, scheduler: VDMScheduler | VDMFlowScheduler, device: torch.device
+    ) -> None:
         self.args, self._scheduler = args, scheduler
         self.schedule: LearnedNoiseSchedule | None = None
         self.sampler: AdaptiveTimeSampler | None = None
@@ -37,10 +39,10 @@ class TimeLearning:
         if args.time_sampling == "adaptive":
             self.sampler = AdaptiveTimeSampler(scheduler.noise_schedule)
 
-    def scheduler(self) -> VDMScheduler:
+    def scheduler(self) -> VDMScheduler | VDMFlowScheduler:
         """The scheduler to save with the model: the schedule as it now is stands in its config."""
         table = {} if self.schedule is None else {"log_snr_table": self.schedule.table()}
-        return VDMScheduler.from_config(self._scheduler.config, **table)
+        return type(self._scheduler).from_config(self._scheduler.config, **table)
 
     def collect(self, accelerator: Accelerator, losses: Losses) -> None:
         """Take in a micro-batch, after its backward pass."""

@@ -81,7 +81,7 @@ from data import (
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.utils import logging as diffusers_logging
-from diffusion import DiffusionTask, Losses, Rows, make_scheduler
+from diffusion import DiffusionTask, Losses, Rows, make_scheduler, schedule_name
 from ema import EMA
 from evaluating import TERMS, bits_per_dim, combined_error, draw_samples
 from latent_models import (
@@ -109,7 +109,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from zero import ZeroEngine, requested_zero
 
-from vdm_diffusers import VDMPipeline, VDMScheduler
+from vdm_diffusers import VDMFlowScheduler, VDMPipeline, VDMScheduler
 from vdm_diffusers.hub import (
     EvaluationData,
     Measurement,
@@ -307,7 +307,7 @@ class Batches:
 class Meter:
     """Loss, loss by log SNR and gradient norm since the last reading, summed on the device."""
 
-    def __init__(self, scheduler: VDMScheduler, device: torch.device) -> None:
+    def __init__(self, scheduler: VDMScheduler | VDMFlowScheduler, device: torch.device) -> None:
         schedule = scheduler.noise_schedule
         self.highest, self.lowest = schedule.log_snr_max, max(schedule.log_snr_min, -20.0)
         # loss, number of losses, gradient norm, number of norms, then loss and number in each bin
@@ -907,7 +907,7 @@ class Training:
             if self.is_latent
             else (
                 f"predicts {diffusion.prediction_type}, loss {diffusion.loss} in "
-                f"{'discrete' if self.task.discrete else 'continuous'} time, schedule {diffusion.ddpm_beta_schedule}"
+                f"{'discrete' if self.task.discrete else 'continuous'} time, schedule {schedule_name(diffusion)}"
             )
         )
         passes = self.num_steps * self.global_batch / len(self.train_images)
@@ -1165,7 +1165,7 @@ class Training:
             summary=f"A {MODEL_NAMES[kind]} of images of {height}x{width} pixels, {channels} channel(s), {self.num_levels} levels.",
             license=args.run.hub_license,
             training=f"Trained on {self.train_images.name}: {self.step} optimiser steps of {self.global_batch} images, loss "
-            f"{'the bound' if schedule is None else f'{args.diffusion.loss}, schedule {args.diffusion.ddpm_beta_schedule}'}, {parameters / 1e6:.2f}M weights"
+            f"{'the bound' if schedule is None else f'{args.diffusion.loss}, schedule {schedule_name(args.diffusion)}'}, {parameters / 1e6:.2f}M weights"
             f"{', averaged' if self.ema else ''}.",
             training_data=[identifier] if on_hub else [],
             provenance=provenance,

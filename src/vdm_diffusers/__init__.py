@@ -18,7 +18,7 @@ from .likelihood import LikelihoodReport
 from .models import FourierFeaturesUNet, HierarchicalVAE, LearnedNoiseSchedule, VariationalAutoencoder, VDMUNet2DModel
 from .pipelines import LatentVDMPipeline, VDMPipeline
 from .registration import register_with_diffusers
-from .schedulers import VDMScheduler
+from .schedulers import VDMFlowScheduler, VDMScheduler, VDMSigmaScheduler
 
 __version__ = "0.1.0"
 
@@ -28,8 +28,10 @@ __all__ = [
     "LatentVDMPipeline",
     "LearnedNoiseSchedule",
     "LikelihoodReport",
+    "VDMFlowScheduler",
     "VDMPipeline",
     "VDMScheduler",
+    "VDMSigmaScheduler",
     "VDMUNet2DModel",
     "VariationalAutoencoder",
     "estimate_optimal_variance",
@@ -43,8 +45,10 @@ register_with_diffusers(
         "FourierFeaturesUNet",
         "HierarchicalVAE",
         "LatentVDMPipeline",
+        "VDMFlowScheduler",
         "VDMPipeline",
         "VDMScheduler",
+        "VDMSigmaScheduler",
         "VDMUNet2DModel",
         "VariationalAutoencoder",
     ],

@@ -158,6 +158,95 @@ class ShiftedSchedule(NoiseSchedule):
         return self.base.inverse(as_float64(log_snr) - self.shift)
 
 
+@dataclass(frozen=True)
+class FlowSchedule(NoiseSchedule):
+    """Flow matching's schedule: sigma runs evenly from one end to the other, and is then shifted, on the path alpha = 1 - sigma.
+
+    With u linear in t, sigma = shift u / (1 + (shift - 1) u), and log_snr = 2 ln((1 - sigma) / sigma) = 2 ln((1 - u) / u) - 2 ln(shift):
+    a shift moves the schedule along the log-SNR axis.
+
+    Arguments:
+        log_snr_max, log_snr_min: the end points, after the shift.
+        shift: above 1 for more time in the noise.
+    Raises:
+        ValueError: end points that are no range, or a shift that is not positive.
+    Source: Liu et al. 2022, "Flow Straight and Fast"; Esser et al. 2024, "Scaling Rectified Flow Transformers", section 5.3.2 (shift).
+    """
+
+    log_snr_max: float = LOG_SNR_MAX
+    log_snr_min: float = -LOG_SNR_MAX
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_end_points(self.log_snr_max, self.log_snr_min)
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"`shift` must be a positive number, got {self.shift}.")
+
+    def _even(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-log_snr / 2 - math.log(self.shift))
+
+    def _ends(self) -> tuple[Tensor, Tensor]:
+        ends = self._even(torch.tensor([self.log_snr_max, self.log_snr_min], dtype=torch.float64))
+        return ends[0], ends[1]
+
+    def log_snr(self, t: Tensor | float) -> Tensor:
+        t = as_float64(t)
+        first, last = (end.to(t) for end in self._ends())
+        u = (1 - t) * first + t * last
+        log_snr = 2 * (torch.log1p(-u) - u.log() - math.log(self.shift))
+        log_snr = torch.where(t == 0, self.log_snr_max, log_snr)  # the end points are promised exactly
+        return torch.where(t == 1, self.log_snr_min, log_snr)
+
+    def derivative(self, t: Tensor | float) -> Tensor:
+        t = as_float64(t)
+        first, last = (end.to(t) for end in self._ends())
+        u = (1 - t) * first + t * last
+        return -2 * (last - first) / (u * (1 - u))
+
+    def inverse(self, log_snr: Tensor | float) -> Tensor:
+        log_snr = as_float64(log_snr)
+        first, last = (end.to(log_snr) for end in self._ends())
+        return ((self._even(log_snr) - first) / (last - first)).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class KarrasSchedule(NoiseSchedule):
+    """The schedule of EDM in sigma space: sigma^(1/rho) is linear in t, and log_snr = -2 ln(sigma), sigma in units of the data.
+
+    Arguments:
+        log_snr_max, log_snr_min: -2 ln(sigma_min) and -2 ln(sigma_max).
+    Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", equation 5.
+    """
+
+    log_snr_max: float = -2 * math.log(0.002)
+    log_snr_min: float = -2 * math.log(80.0)
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        check_end_points(self.log_snr_max, self.log_snr_min)
+        if not 0 < self.rho < math.inf:
+            raise ValueError(f"`rho` must be a positive number, got {self.rho}.")
+
+    def _roots(self) -> tuple[float, float]:
+        return math.exp(-self.log_snr_max / 2 / self.rho), math.exp(-self.log_snr_min / 2 / self.rho)
+
+    def log_snr(self, t: Tensor | float) -> Tensor:
+        t = as_float64(t)
+        first, last = self._roots()
+        log_snr = -2 * self.rho * torch.log((1 - t) * first + t * last)
+        log_snr = torch.where(t == 0, self.log_snr_max, log_snr)  # the end points are promised exactly
+        return torch.where(t == 1, self.log_snr_min, log_snr)
+
+    def derivative(self, t: Tensor | float) -> Tensor:
+        t = as_float64(t)
+        first, last = self._roots()
+        return -2 * self.rho * (last - first) / ((1 - t) * first + t * last)
+
+    def inverse(self, log_snr: Tensor | float) -> Tensor:
+        first, last = self._roots()
+        return ((torch.exp(-as_float64(log_snr) / 2 / self.rho) - first) / (last - first)).clamp(0, 1)
+
+
 @dataclass(frozen=True, eq=False)
 class TabulatedNoiseSchedule(NoiseSchedule):
     """Log SNR given at equally spaced times 0, 1/(n-1), ..., 1 and linear in between.

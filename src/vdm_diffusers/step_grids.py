@@ -130,7 +130,7 @@ def _between_entries(
         log_snrs = torch.tensor([low], dtype=torch.float64)
     else:
         assert optimal is not None
-        if ends_at_mean:
+        if ends_at_mean and not timeline.ends_at_data:  # a schedule that ends at data begins a step above it
             high = float(timeline.log_snr(timeline.terminal_timestep + 1))
         candidates = between(high, low, max(1024, 2 * num_steps))
         chain = optimal_grid(optimal, num_steps - ends_at_mean, candidates, variance=variance)

@@ -10,6 +10,11 @@ it; none of them asks what kind it is.
 
     BetaTableTimeline    timestep i in 0..T-1 is x_{i+1} of a table of T betas; -1 is clean data, where its chains end
     LogSNRTimeline       tau = T (log_snr_max - log_snr) / (log_snr_max - log_snr_min) - 1; its chains end at z_0
+    FlowTimeline         T sigma of the straight path z = (1 - sigma) x + sigma eps; 0 is clean data, where its chains end
+    SigmaTimeline        ln(sigma) / 4 of z = x + sigma eps, as EDM feeds it; -inf is clean data, where its chains end
+
+Every path is the variance-preserving one with its latents rescaled: z of one is z of the other times a factor that log SNR alone
+gives. That factor, and what the network's output means there, is what an evaluator asks a timeline for.
 
 Log SNRs and timesteps are float64. They lie where the argument lies: numbers and lists on the CPU.
 """
@@ -25,8 +30,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .gaussian import Path
+from .gaussian import Path, alpha_sigma
 from .noise_schedules import (
+    FlowSchedule,
+    KarrasSchedule,
     NoiseSchedule,
     TabulatedNoiseSchedule,
     check_end_points,
@@ -34,6 +41,7 @@ from .noise_schedules import (
     timestep_from_log_snr,
 )
 from .numerics import as_float64, on_host, shown, take
+from .prediction import PredictionType, conversion_coefficients
 
 
 class Timeline(ABC):
@@ -105,6 +113,29 @@ class Timeline(ABC):
     @abstractmethod
     def check(self, timesteps: Tensor) -> None:
         """Raise ValueError, which names the range and the first offender, if a timestep lies outside the timeline."""
+
+    def denoising(self, log_snr: Tensor, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
+        """(a, b) with x_hat = a z + b y: z on this timeline's path, y the network's output. Float64, of log_snr's shape.
+
+        NaN where the output says nothing of x: noise or score at log SNR -inf.
+        """
+        unknown = (log_snr == -math.inf) & (prediction_type in ("epsilon", "score"))
+        known = torch.where(unknown, math.nan, log_snr)
+        return conversion_coefficients(known, source=prediction_type, target="sample", path=self.path)
+
+    def extrapolates_output(self, prediction_type: PredictionType) -> bool:
+        """Whether the second-order update extrapolates the network's output in sigma, instead of x_hat in log SNR."""
+        return False
+
+    def input_scale(self, log_snr: Tensor) -> Tensor:
+        """What the variance-preserving z_t is multiplied by to become the network's input. Float64, of log_snr's shape."""
+        alpha, _ = alpha_sigma(log_snr, self.path)
+        return alpha / alpha_sigma(log_snr, "vp")[0]
+
+    def on_vp(self, log_snr: Tensor, prediction_type: PredictionType) -> tuple[PredictionType, Tensor, Tensor]:
+        """(type, a, b): a z + b y is a prediction of this type on the variance-preserving path, z and the network's output y there."""
+        one = torch.ones_like(log_snr)
+        return prediction_type, 0 * one, one
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,6 +308,205 @@ class LogSNRTimeline(Timeline):
         wrong = ~((timesteps >= -1 - slack) & (timesteps <= self.last_timestep + slack))
         if bool(wrong.any()):
             raise ValueError(f"timesteps must lie in [-1, {self.last_timestep:g}], got {_first(timesteps, wrong)}.")
+
+
+@dataclass(frozen=True, eq=False)
+class FlowTimeline(Timeline):
+    """The timeline of flow matching: T sigma, on the path z = (1 - sigma) x + sigma eps, where log_snr = 2 ln((1 - sigma) / sigma).
+
+    0 is clean data, T pure noise. `noise_schedule` is that of sigma = shift u / (1 + (shift - 1) u), for u from 1/T to 1 - 1/T: the
+    two ends, where log SNR is infinite, belong to chains but not to a schedule.
+
+    Arguments:
+        num_timesteps: T.
+        shift: of the schedule, see `noise_schedules.FlowSchedule`. Timesteps do not depend on it.
+        inverted: the network is fed T (1 - sigma) instead, and predicts x - eps, as Mochi's.
+    Raises:
+        ValueError: a shift that is not positive, or fewer than three timesteps.
+    """
+
+    path: ClassVar[Path] = "flow"
+    ends_at_data: ClassVar[bool] = True
+    num_timesteps: int
+    shift: float = 1.0
+    inverted: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_timesteps < 3:
+            raise ValueError(f"`num_timesteps` must be at least 3, got {self.num_timesteps}.")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"`shift` must be a positive number, got {self.shift}.")
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        end, moved = 2 * math.log(self.num_timesteps - 1), 2 * math.log(self.shift)
+        return FlowSchedule(end - moved, -end - moved, self.shift)
+
+    @property
+    def entries(self) -> None:
+        return None
+
+    @property
+    def last_timestep(self) -> float:
+        return 0.0 if self.inverted else float(self.num_timesteps)
+
+    @property
+    def noisiest_timestep(self) -> float:
+        return self.last_timestep
+
+    @property
+    def terminal_timestep(self) -> float:
+        return float(self.num_timesteps) if self.inverted else 0.0
+
+    def log_snr(self, timesteps: Tensor | Sequence[float] | float) -> Tensor:
+        timesteps = as_float64(timesteps)
+        if on_host(timesteps):
+            self.check(timesteps)
+        fraction = (timesteps / self.num_timesteps).clamp(0, 1)
+        log_snr = log_snr_of_flow(fraction)
+        return -log_snr if self.inverted else log_snr
+
+    def timestep(self, log_snr: Tensor | Sequence[float] | float) -> Tensor:
+        log_snr = as_float64(log_snr)
+        return self.num_timesteps * torch.sigmoid(log_snr / 2 if self.inverted else -log_snr / 2)
+
+    def below(self, timesteps: Tensor) -> Tensor:
+        return (as_float64(timesteps) + (1 if self.inverted else -1)).clamp(0, self.num_timesteps)
+
+    def fed(self, timesteps: Tensor) -> Tensor:
+        """float32."""
+        return timesteps.to(torch.float32)
+
+    def check(self, timesteps: Tensor) -> None:
+        slack = 1e-6 * self.num_timesteps  # for those that went through float32
+        wrong = ~((timesteps >= -slack) & (timesteps <= self.num_timesteps + slack))
+        if bool(wrong.any()):
+            raise ValueError(f"timesteps must lie in [0, {self.num_timesteps}], got {_first(timesteps, wrong)}.")
+
+    def extrapolates_output(self, prediction_type: PredictionType) -> bool:
+        """For velocities: a flow is nearly straight in sigma. In log SNR the usual grids' last step is far too long for a second order."""
+        return prediction_type == "flow_prediction"
+
+    def denoising(self, log_snr: Tensor, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
+        z, output = super().denoising(log_snr, prediction_type)
+        return z, -output if self.inverted else output
+
+    def on_vp(self, log_snr: Tensor, prediction_type: PredictionType) -> tuple[PredictionType, Tensor, Tensor]:
+        kind, z, output = super().on_vp(log_snr, prediction_type)
+        if prediction_type == "score":  # of other latents
+            output = output * self.input_scale(log_snr)
+        elif prediction_type == "v_prediction":
+            raise ValueError(
+                "`prediction_type` 'v_prediction' is defined on the variance-preserving path: use flow_prediction."
+            )
+        return kind, z, -output if self.inverted else output
+
+
+@dataclass(frozen=True, eq=False)
+class SigmaTimeline(Timeline):
+    r"""The timeline of EDM: the network is fed ln(sigma) / 4, on the path z = x + sigma eps, where log_snr = -2 ln(sigma).
+
+    The network is preconditioned. Its input is c_in z, and x_hat = c_skip z + c_out y, with
+
+        c_in = 1 / sqrt(sigma^2 + d^2)    c_skip = d^2 / (sigma^2 + d^2)    c_out = sigma d / sqrt(sigma^2 + d^2),    d = sigma_data.
+
+    In units of d that is the variance-preserving path, and y is -v. With prediction type "v_prediction" c_out has the other sign.
+
+    Arguments:
+        sigma_min, sigma_max, rho: of the noise schedule, see `noise_schedules.KarrasSchedule`.
+        sigma_data: d, the data's standard deviation.
+        num_timesteps: T, what chains of the training length have.
+    Raises:
+        ValueError: sigmas that are no range.
+    Source: Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", table 1.
+    """
+
+    path: ClassVar[Path] = "ve"
+    ends_at_data: ClassVar[bool] = True
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    num_timesteps: int = 1000
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf or not 0 < self.sigma_data < math.inf:
+            raise ValueError(
+                "`sigma_min`, `sigma_max` and `sigma_data` must be positive, the first two in this order, got "
+                f"{self.sigma_min}, {self.sigma_max} and {self.sigma_data}."
+            )
+
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        return KarrasSchedule(-2 * math.log(self.sigma_min), -2 * math.log(self.sigma_max), self.rho)
+
+    @property
+    def entries(self) -> None:
+        return None
+
+    @property
+    def last_timestep(self) -> float:
+        return math.log(self.sigma_max) / 4
+
+    @property
+    def noisiest_timestep(self) -> float:
+        return self.last_timestep
+
+    @property
+    def terminal_timestep(self) -> float:
+        return -math.inf
+
+    def log_snr(self, timesteps: Tensor | Sequence[float] | float) -> Tensor:
+        timesteps = as_float64(timesteps)
+        if on_host(timesteps):
+            self.check(timesteps)
+        return -8 * timesteps
+
+    def timestep(self, log_snr: Tensor | Sequence[float] | float) -> Tensor:
+        return -as_float64(log_snr) / 8
+
+    def below(self, timesteps: Tensor) -> Tensor:
+        schedule = self.noise_schedule
+        t = schedule.inverse(-8 * as_float64(timesteps)) - 1 / self.num_timesteps
+        return torch.where(t < 0, -math.inf, self.timestep(schedule.log_snr(t.clamp(min=0))))
+
+    def fed(self, timesteps: Tensor) -> Tensor:
+        """float32."""
+        return timesteps.to(torch.float32)
+
+    def check(self, timesteps: Tensor) -> None:
+        wrong = timesteps.isnan() | (timesteps == math.inf)
+        if bool(wrong.any()):
+            raise ValueError(f"timesteps must be ln(sigma) / 4 of a positive sigma, got {_first(timesteps, wrong)}.")
+
+    def _units(self, log_snr: Tensor) -> Tensor:
+        """Log SNR of the data in units of sigma_data."""
+        return log_snr + 2 * math.log(self.sigma_data)
+
+    def denoising(self, log_snr: Tensor, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
+        kept, lost = alpha_sigma(self._units(log_snr), "vp")  # c_skip = kept^2
+        c_out = self.sigma_data * lost
+        return kept**2, -c_out if prediction_type == "v_prediction" else c_out
+
+    def input_scale(self, log_snr: Tensor) -> Tensor:
+        alpha, _ = alpha_sigma(log_snr, "vp")
+        return self.network_scale(log_snr) / alpha
+
+    def network_scale(self, log_snr: Tensor) -> Tensor:
+        """c_in, by which z is multiplied before the network sees it."""
+        return alpha_sigma(self._units(log_snr), "vp")[0] / self.sigma_data
+
+    def on_vp(self, log_snr: Tensor, prediction_type: PredictionType) -> tuple[PredictionType, Tensor, Tensor]:
+        alpha, sigma = alpha_sigma(log_snr, "vp")
+        _, c_out = self.denoising(log_snr, prediction_type)
+        # v = (alpha z - x_hat) / sigma, z on the variance-preserving path, and alpha^2 - c_skip = (1 - d^2) alpha^2 lost^2
+        lost = alpha_sigma(self._units(log_snr), "vp")[1]
+        return "v_prediction", (1 - self.sigma_data**2) * lost**2 * alpha / sigma, -c_out / sigma
+
+
+def log_snr_of_flow(sigma: Tensor) -> Tensor:
+    """2 ln((1 - sigma) / sigma), the log SNR on the flow path of sigma in [0, 1]."""
+    return 2 * (torch.log1p(-sigma) - sigma.log())
 
 
 def whole(timesteps: Tensor) -> Tensor:

@@ -92,6 +92,7 @@ def _check_diffusion(arguments: Arguments) -> None:
         )
     if arguments.model.class_dropout and not arguments.model.class_conditional:
         raise ValueError("--class_dropout needs --class_conditional.")
+    _check_path(arguments)
     table = diffusion.ddpm_beta_schedule not in LOG_SNR_SCHEDULES
     if run.eval_num_samples < (4 if table else 2):
         raise ValueError(
@@ -102,6 +103,22 @@ def _check_diffusion(arguments: Arguments) -> None:
         raise ValueError(
             f"--loss {diffusion.loss} with a table of betas needs --train_time continuous: the step from x_1 to clean "
             "data has no finite ELBO weight (evaluations give it DDPM's decoder)."
+        )
+
+
+def _check_path(arguments: Arguments) -> None:
+    """Flow matching with what it does not have."""
+    diffusion = arguments.diffusion
+    if diffusion.path == "flow":
+        _require(
+            "--path flow",
+            {
+                "--prediction_type flow_prediction": diffusion.prediction_type == "flow_prediction",
+                "continuous --train_time": not trains_in_discrete_time(diffusion),
+                "--variance_type fixed_small": diffusion.variance_type == "fixed_small",
+                "--model vdm": arguments.model.model == "vdm",
+                "--ddpm_num_steps of at least 3": diffusion.ddpm_num_steps >= 3,
+            },
         )
 
 

@@ -214,12 +214,21 @@ class DiffusionArguments:
     ddpm_num_inference_steps: int = argument(
         1000, "Steps of the sampler for sample grids.", alias="num_inference_steps", bounds=Bounds(1, 100_000)
     )
-    stochasticity: float = argument(
-        1.0,
-        "The sampler's noise, kept in the scheduler's config: 1 ancestral, 0 deterministic, above 1 noisier.",
+    stochasticity: float | None = argument(
+        None,
+        "The sampler's noise, kept in the scheduler's config: 1 ancestral, 0 deterministic, above 1 noisier. None: 1, and 0 for "
+        "--path flow.",
         bounds=Bounds(0, 100),
     )
     prediction_type: PredictionType = argument("epsilon", "What the network predicts.")
+    path: Literal["vp", "flow"] = argument(
+        "vp",
+        "The latents' path: vp, variance preserving; flow, the straight path of flow matching, which takes --prediction_type "
+        "flow_prediction and has the schedule of --flow_shift instead of --ddpm_beta_schedule.",
+    )
+    flow_shift: float = argument(
+        1.0, "Shift of the flow's sigmas towards noise, above 1 for larger images.", bounds=POSITIVE
+    )
     loss: Objective = argument(
         "elbo",
         "elbo: bits/dim; simple: mean |eps - eps_hat|^2; mse: the network's own output; min_snr, truncated_snr, sigmoid, "

@@ -19,8 +19,17 @@ DIFFUSION = (
         "ddpm_num_inference_steps",
     ),
     *("stochasticity", "prediction_type", "loss", "min_snr_gamma", "sigmoid_bias", "train_time", "time_sampling"),
-    *("learn_schedule", "learn_end_points", "schedule_learning_rate", "variance_type", "vlb_weight"),
+    *(
+        "learn_schedule",
+        "learn_end_points",
+        "schedule_learning_rate",
+        "variance_type",
+        "vlb_weight",
+        "path",
+        "flow_shift",
+    ),
 )
+OF_VP_SCHEDULES = ("ddpm_beta_schedule", "log_snr_max", "log_snr_min", "log_snr_table", "learn_schedule")
 SIZES_OF_THE_U_NET = ("hidden_channels", "layers_per_block", "add_attention", "attention_head_dim")
 SIZES_OF_THE_VAE = ("latent_channels", "block_out_channels", "likelihood")
 OF_IMAGE_FILES = (
@@ -73,6 +82,8 @@ RULES = (
         "a --ddpm_beta_schedule in log SNR",
         lambda a: a.diffusion.ddpm_beta_schedule in LOG_SNR_SCHEDULES,
     ),
+    Rule(OF_VP_SCHEDULES, "--path vp (a flow's schedule is --flow_shift)", lambda a: a.diffusion.path == "vp"),
+    Rule(("flow_shift",), "--path flow", lambda a: a.diffusion.path == "flow"),
     Rule(("min_snr_gamma",), "--loss min_snr", lambda a: a.diffusion.loss == "min_snr"),
     Rule(("sigmoid_bias",), "--loss sigmoid", lambda a: a.diffusion.loss == "sigmoid"),
     Rule(("schedule_learning_rate",), "--learn_schedule", lambda a: a.diffusion.learn_schedule),

@@ -14,6 +14,7 @@ from vdm_diffusers.evaluation.images import check_size, load_images, load_labels
 from vdm_diffusers.likelihood import DenoisingModel
 from vdm_diffusers.models.calling import call_network, device_and_dtype
 from vdm_diffusers.models.labels import num_classes
+from vdm_diffusers.numerics import expand_to, linear_combination
 
 _BATCH_ELEMENTS = 1 << 18  # of the default batch size: keeps the CPU's caches and a small GPU's memory in view
 
@@ -44,7 +45,7 @@ def prepare(
         raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
     denoiser = DenoisingModel(
         predict=Predictor(network, scheduler, device, labels, model_kwargs or {}, len(levels)),
-        prediction_type=scheduler.config.prediction_type,
+        prediction_type=scheduler.timeline.on_vp(torch.zeros(1).double(), scheduler.config.prediction_type)[0],
         num_levels=num_levels,
         pixel_encoding=pixel_encoding,
         learned_variance=learned,
@@ -97,7 +98,11 @@ def unpack(
 
 
 class Predictor:
-    """The network as the estimators call it: (z_t, log_snr, index of the images) -> output."""
+    """The network as the estimators call it: (z_t, log_snr, index of the images) -> output.
+
+    The estimators' z_t is the variance-preserving path's. A network of another path gets it rescaled to its own, and its output is made
+    one of that path: every path is the same Gaussian diffusion in other units (`timelines`).
+    """
 
     def __init__(
         self,
@@ -119,8 +124,14 @@ class Predictor:
 
     def __call__(self, z_t: Tensor, log_snr: Tensor, index: Tensor) -> Tensor:
         arguments = {name: value[index.to(self.device)] for name, value in self.per_image.items()}
-        timestep = self.scheduler.timestep_from_log_snr(log_snr)
-        return call_network(self.network, z_t, timestep, **arguments, **self.shared)
+        timeline = self.scheduler.timeline
+        timestep = timeline.timestep(log_snr)
+        if timeline.path == "vp":
+            return call_network(self.network, z_t, timestep, **arguments, **self.shared)
+        scaled = z_t * expand_to(timeline.input_scale(log_snr).to(z_t), z_t)
+        output = call_network(self.network, scaled, timestep, **arguments, **self.shared)
+        _, from_z, from_output = timeline.on_vp(log_snr, self.scheduler.config.prediction_type)
+        return linear_combination(from_z, z_t, from_output, output)
 
 
 @contextmanager

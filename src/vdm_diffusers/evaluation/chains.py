@@ -18,14 +18,22 @@ from vdm_diffusers.reverse_variance import (
     forward_variance,
     posterior_variance,
 )
-from vdm_diffusers.schedulers.adoption import other_model, table_of
+from vdm_diffusers.schedulers.adoption import is_of_kind, other_model, table_of
 from vdm_diffusers.schedulers.configuration import betas_of_log_snrs
+from vdm_diffusers.schedulers.scheduling_flow import VDMFlowScheduler
+from vdm_diffusers.schedulers.scheduling_sigma import VDMSigmaScheduler
 from vdm_diffusers.schedulers.scheduling_vdm import VDMScheduler
 from vdm_diffusers.step_grids import GRIDS, Grid, default_grid, place_steps
 
+Scheduler = VDMScheduler | VDMFlowScheduler | VDMSigmaScheduler
 
-def adopt(scheduler: Any) -> VDMScheduler:
-    """A scheduler that knows its log SNRs: the given one, or a `VDMScheduler` with the table of betas that a stock one has.
+
+def adopt(scheduler: Any) -> Scheduler:
+    """A scheduler that knows its log SNRs: the given one, or the one of ours that is of a stock one's kind.
+
+    A stock scheduler with betas becomes a `VDMScheduler` with the table that the object has; those of flow matching become a
+    `VDMFlowScheduler`, EDM's a `VDMSigmaScheduler`. Those of these two kinds are samplers that may be deterministic: the bound is that of
+    ancestral sampling.
 
     Raises:
         ValueError: a scheduler of another kind of model, which is named with the class that is right; deterministic sampling.
@@ -33,6 +41,12 @@ def adopt(scheduler: Any) -> VDMScheduler:
     config = scheduler.config
     if not hasattr(scheduler, "timeline"):  # by name: a class from a checkpoint's own code is another one
         name = type(scheduler).__name__
+        for cls in (VDMFlowScheduler, VDMSigmaScheduler):
+            if is_of_kind(cls.__name__, name, config):
+                shift = (
+                    {"shift": float(scheduler.shift)} if hasattr(scheduler, "shift") else {}
+                )  # which may have been set
+                return cls.from_config({**config, "_class_name": name}, **shift)
         if (reason := other_model(name, config)) is not None:
             raise ValueError(reason)
         own = VDMScheduler.from_config({**config, "_class_name": name})
@@ -44,12 +58,12 @@ def adopt(scheduler: Any) -> VDMScheduler:
                     own.config, trained_betas=betas, num_train_timesteps=len(betas), rescale_betas_zero_snr=False
                 )
         scheduler, config = own, own.config
-    if config.get("stochasticity", 1.0) == 0:
+    if config.get("stochasticity", 1.0) == 0 and scheduler.timeline.path == "vp":
         raise ValueError(
             "`scheduler` has stochasticity=0: deterministic sampling has no finite ELBO. Set stochasticity=1.0 in its config: the "
             "bound is that of ancestral sampling."
         )
-    return cast(VDMScheduler, scheduler)
+    return cast(Scheduler, scheduler)
 
 
 def reverse_variance_of(variance_type: str, is_chain: bool, num_steps: int | None, scheduler: Any) -> ReverseVariance:
@@ -120,9 +134,9 @@ def chain_log_snrs(
         spacing="linspace" if in_table else "trailing",
         optimal=optimal_of(scheduler) if place == "optimal" else None,
         variance="posterior" if kind == "posterior" else "optimal",
-        ends_at_mean=timeline.ends_at_data or config.get("final_step") == "mean",
+        ends_at_mean=in_table or config.get("final_step") == "mean",
     ).log_snrs.flip(0)
-    if timeline.ends_at_data:
+    if in_table:
         return chain
     return torch.cat([as_float64([timeline.noise_schedule.log_snr_max]), chain])
 
@@ -141,7 +155,7 @@ def _own_grid(schedule: NoiseSchedule, grid: Any, num_steps: int | None, in_tabl
 def decoder_of(scheduler: Any, kind: ReverseVariance, num_levels: int | None) -> Decoder:
     if num_levels is None:
         return DensityDecoder(scheduler.noise_schedule.log_snr_max)
-    if scheduler.is_log_snr_schedule:
+    if scheduler.timeline.entries is None:
         return SoftmaxDecoder(scheduler.noise_schedule.log_snr_max)
     first, second = scheduler.log_snr(torch.tensor([0.0, 1.0])).double()
     # also with optimal variances: a pixel's error at x_1 is nothing like a Gaussian of its mean square, which decodes worse

@@ -157,7 +157,7 @@ def evaluate_likelihood(
     network, scheduler, num_levels, pixel_encoding = unpack(model, scheduler, num_levels, pixel_encoding)
     chain = adopt(scheduler)
     if method is None:
-        method = "continuous" if chain.is_log_snr_schedule else "discrete"
+        method = "continuous" if chain.timeline.entries is None else "discrete"
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
     is_chain = method in ("discrete", "importance_weighted")

@@ -36,8 +36,10 @@ _OWN_TO_THE_MODEL = (
     "thresholding",
 )
 _TABLE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+_SAME_FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+_SAME_SIGMA = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 _FLOWS = ("FlowMatch", "FlowMap", "Helios", "Piflow", "MiniMaxH3", "LTXEulerAncestralRF", "VDMFlow")
-_SIGMAS = ("EDM", "CosineDPMSolver", "KarrasVe", "ScoreSdeVe", "CMStochasticIterative")
+_SIGMAS = ("EDM", "VDMSigma", "CosineDPMSolver", "KarrasVe", "ScoreSdeVe", "CMStochasticIterative")
 
 
 def adopted(config: Mapping[str, Any], own_class: str) -> dict[str, Any]:
@@ -92,6 +94,8 @@ def _refuse(reason: str, values: Mapping[str, Any]) -> None:
 def other_model(name: str, values: Mapping[str, Any]) -> str | None:
     """Why the class `name` with this config is not for a variance-preserving model with integer timesteps; None if it may be."""
     instead = "Use VDMFlowScheduler.from_config(config), or keep the scheduler that the pipeline came with."
+    if name.startswith(_FLOWS) and name not in (*_SAME_FLOW, "VDMFlowScheduler"):
+        instead = f"Keep {name}."
     if name.startswith(_FLOWS):
         return (
             f"{name} is for models of the straight path z = (1 - s) x + s eps, and VDMScheduler samples variance-preserving ones. "
@@ -103,9 +107,12 @@ def other_model(name: str, values: Mapping[str, Any]) -> str | None:
             f"VDMScheduler samples variance-preserving models. {instead}"
         )
     if name.startswith(_SIGMAS):
+        ours = (
+            f"Use VDMSigmaScheduler.from_config(config), or keep {name}." if name in _SAME_SIGMA else f"Keep {name}."
+        )
         return (
             f"{name} is for networks in sigma space, z = x + s eps, which are fed functions of s, and VDMScheduler samples "
-            f"variance-preserving ones. {instead}"
+            f"variance-preserving ones. {ours}"
         )
     if values.get("timestep_type") == "continuous":
         return (
@@ -113,6 +120,87 @@ def other_model(name: str, values: Mapping[str, Any]) -> str | None:
             "fed the indices of a table. Keep the scheduler that the pipeline came with."
         )
     return None
+
+
+def adopted_flow(config: Mapping[str, Any], own_class: str) -> dict[str, Any]:
+    """`config`, written by any flow-matching scheduler, in the words of `own_class`.
+
+    Taken are the three classes of `FlowMatchEulerDiscreteScheduler`'s path and time, and multistep solvers with `use_flow_sigmas`, whose
+    `flow_shift` is the shift.
+
+    Raises:
+        ValueError: the config is of another kind of model; names the class to use.
+    """
+    values = dict(config)
+    possible = [values["_class_name"]] if values.get("_class_name") else _classes_of(values)
+    name = possible[0] if possible else None
+    if len(possible) > 1 and any(other in _SAME_FLOW for other in possible):
+        raise ValueError(
+            f"this configuration does not say whose it is, and may be of {' or '.join(possible)}, which are of different models. Pass "
+            "{**config, '_class_name': ...} with the right one."
+        )
+    if name == own_class or not isinstance(name, str):
+        return values
+    if name in _SAME_FLOW:
+        return values
+    if values.get("use_flow_sigmas") and not name.startswith(_FLOWS):
+        kind = values.get("prediction_type", _defaults(name).get("prediction_type"))
+        shift = values.get("flow_shift", _defaults(name).get("flow_shift") or 1.0)
+        values |= {"shift": 1.0 if shift is None else float(shift), "prediction_type": kind}
+        unset = values.get("_use_default_values", [])
+        values["_use_default_values"] = [key for key in unset if key not in ("shift", "prediction_type")]
+        return {
+            key: value for key, value in values.items() if key not in (*_TABLE[1:], "stochasticity", "multistep_order")
+        }
+    if name in _SAME_SIGMA or name == "VDMSigmaScheduler":
+        raise ValueError(
+            f"{name} is for networks in sigma space, and VDMFlowScheduler samples those of the straight path z = (1 - s) x + s eps. Use "
+            "VDMSigmaScheduler.from_config(config)."
+        )
+    if name.startswith((*_FLOWS, *_SIGMAS)):
+        raise ValueError(
+            f"{name} is for models with a time or a chain of its own, which VDMFlowScheduler does not have. Keep {name}."
+        )
+    raise ValueError(
+        f"{name} is for variance-preserving models, and VDMFlowScheduler samples those of the straight path z = (1 - s) x + s eps. Use "
+        "VDMScheduler.from_config(config)."
+    )
+
+
+def adopted_sigma(config: Mapping[str, Any], own_class: str) -> dict[str, Any]:
+    """`config`, written by either of EDM's schedulers, in the words of `own_class`.
+
+    Raises:
+        ValueError: the config is of another kind of model; names the class to use.
+    """
+    values = dict(config)
+    name = values.get("_class_name") or _class_of(values)
+    if name == own_class or not isinstance(name, str):
+        return values
+    if name not in _SAME_SIGMA:
+        instead = (
+            other_model(name, values)
+            or f"{name} is for variance-preserving models. Use VDMScheduler.from_config(config)."
+        )
+        raise ValueError(f"VDMSigmaScheduler is for EDM's models in sigma space. {instead}")
+    solver = name == "EDMDPMSolverMultistepScheduler" or "solver_order" in values
+    if values.get("prediction_type") == "sample":
+        raise ValueError(f"a network that predicts the sample itself is not preconditioned as EDM's: keep {name}.")
+    if solver:
+        defaults = _defaults("EDMDPMSolverMultistepScheduler")
+        order, kind = (values.get(key, defaults[key]) for key in ("solver_order", "algorithm_type"))
+        values |= {"multistep_order": min(order, 2), "stochasticity": float(kind == "sde-dpmsolver++")}
+        values["_use_default_values"] = [
+            key for key in values.get("_use_default_values", []) if key not in ("multistep_order", "stochasticity")
+        ]
+    return values
+
+
+def is_of_kind(own_class: str, name: str, values: Mapping[str, Any]) -> bool:
+    """Whether the class `name` with this config is for the models of `own_class`, "VDMFlowScheduler" or "VDMSigmaScheduler"."""
+    if own_class == "VDMSigmaScheduler":
+        return name in _SAME_SIGMA
+    return name in _SAME_FLOW or (bool(values.get("use_flow_sigmas")) and not name.startswith(_FLOWS))
 
 
 def table_of(scheduler: Any, exact: Tensor) -> Tensor:
@@ -144,13 +232,18 @@ def _class_of(values: Mapping[str, Any]) -> str | None:
 
     A config with a table of betas needs no class: each value stands in it, by default or not.
     """
+    possible = _classes_of(values)
+    return next((name for name in possible if name in _SAME_FLOW), next(iter(possible), None))
+
+
+def _classes_of(values: Mapping[str, Any]) -> list[str]:
+    """Every class that may have written a live config; see `_class_of`."""
     keys = {key for key in values if not key.startswith("_")}
     if keys >= set(_TABLE):
-        return "a scheduler of Diffusers"
+        return ["a scheduler of Diffusers"]
     if "_use_default_values" not in values and "shift" not in keys and "sigma_max" not in keys:
-        return None
-    names = (name for name in dir(diffusers) if name.endswith("Scheduler"))
-    return next((name for name in names if _parameters(name).keys() == keys), None)
+        return []
+    return [name for name in dir(diffusers) if name.endswith("Scheduler") and _parameters(name).keys() == keys]
 
 
 def _defaults(name: str) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..gaussian import Path
-from ..prediction import PredictionType, conversion_coefficients
+from ..prediction import PredictionType
 from ..reverse_variance import OptimalVariance
+from ..timelines import Timeline
 from .updates import ReverseCoefficients, factored, reverse_coefficients
 
 LEARNED = ("learned", "learned_range")
@@ -45,10 +45,9 @@ class StepSettings(NamedTuple):
         """Whether x_hat is clipped or thresholded."""
         return self.clip_sample or self.thresholding
 
-    @property
-    def through_x_hat(self) -> bool:
+    def through_x_hat(self, timeline: Timeline) -> bool:
         """Whether the mean is made of x_hat, because it is changed on the way, instead of the network's output."""
-        return self.limits or self.multistep_order == 2
+        return self.limits or (self.multistep_order == 2 and not timeline.extrapolates_output(self.prediction_type))
 
     @property
     def optimal(self) -> OptimalVariance | None:
@@ -107,25 +106,23 @@ class StepNumbers(NamedTuple):
 
 
 def step_coefficients(
-    log_snr_t: Tensor, log_snr_s: Tensor, settings: StepSettings, optimal: OptimalVariance | None, path: Path = "vp"
+    log_snr_t: Tensor, log_snr_s: Tensor, settings: StepSettings, optimal: OptimalVariance | None, timeline: Timeline
 ) -> StepCoefficients:
     """The coefficients of the steps from t to s, without a multistep update, which knows its neighbours.
 
     Arguments:
         log_snr_t, log_snr_s: float64 of one shape; +inf for s is clean data, where no noise is added.
         optimal: the network's mean squared errors, for variance_type="optimal".
-        path: on which the log SNRs are meant.
+        timeline: knows the path, and what the network's output means. What says nothing of x is not a number, which is reported if that
+            step is ever taken.
     """
-    step = reverse_coefficients(log_snr_t, log_snr_s, settings.stochasticity, path=path)
-    # At zero terminal SNR these two say nothing of x: not a number, which is reported if that step is ever taken.
-    unknown = (log_snr_t == -math.inf) & (settings.prediction_type in ("epsilon", "score"))
-    x_z, x_output = conversion_coefficients(
-        torch.where(unknown, math.nan, log_snr_t), source=settings.prediction_type, target="sample", path=path
-    )
-    if settings.through_x_hat:
+    step = reverse_coefficients(log_snr_t, log_snr_s, settings.stochasticity, path=timeline.path)
+    x_z, x_output = timeline.denoising(log_snr_t, settings.prediction_type)
+    if settings.through_x_hat(timeline):
         mean_z, mean_y = step.z, step.x
     else:
         mean_z, mean_y = step.z + step.x * x_z, step.x * x_output
+        mean_z = torch.where((mean_z - 1).abs() < 4e-15, 1.0, mean_z)  # of Euler's steps, which scale nothing
     to_data = log_snr_s == math.inf
     noise = step.stochasticity * fixed_variance(settings.variance_type, log_snr_t, step, optimal).sqrt()
     bands = None

@@ -13,7 +13,7 @@ from ..frequency import RadialBands
 from ..numerics import as_float64, compute_dtype, on_cpu, on_host, shown, take
 from ..timelines import Timeline
 from .coefficients import LEARNED, StepCoefficients, StepNumbers, StepSettings, step_coefficients, step_numbers
-from .updates import multistep_weights
+from .updates import multistep_weights, velocity_weights
 
 
 class SamplingGrid:
@@ -27,6 +27,7 @@ class SamplingGrid:
         timesteps: (n,) descending, on the CPU, in the dtype in which the network is fed them.
         settings: what the steps are like.
         device: where `timesteps` goes.
+        log_snrs: (n + 1,) ascending float64, of the steps and of the end of the last. None: what the timeline says of `timesteps`.
         chosen: whether somebody chose these timesteps. The training chain, which stands for them before, also takes fractional
             ones, which step down by one.
     """
@@ -39,17 +40,20 @@ class SamplingGrid:
         settings: StepSettings,
         *,
         device: str | torch.device | None = None,
+        log_snrs: Tensor | None = None,
         chosen: bool = True,
     ):
+        self.own_log_snrs = log_snrs
         self.timeline, self.settings, self.chosen = timeline, settings, chosen
         self.custom = False  # whether the timesteps were chosen one by one
-        self.host = timesteps.cpu()
+        self.counted = False  # whether steps are counted from the first one on, and timesteps place that one alone
+        self.host, self.length = timesteps.cpu(), len(timesteps)
         self.timesteps = timesteps.to(device)
         self.terminal = timeline.terminal_timestep
         self.optimal = settings.optimal if settings.variance_type == "optimal" else None
         # read in every step
         self.clip = settings.clip_sample_range if settings.clip_sample and not settings.thresholding else None
-        self.limits, self.through_x_hat = settings.limits, settings.through_x_hat
+        self.limits, self.through_x_hat = settings.limits, settings.through_x_hat(timeline)
         self.multistep, self.deterministic = settings.multistep_order == 2, settings.stochasticity == 0
         self.learned = settings.variance_type in LEARNED
         self.ascending = torch.cat([as_float64([self.terminal]), self.host.double().flip(0)])  # (n + 1,)
@@ -64,13 +68,17 @@ class SamplingGrid:
         # how far the run has come
         self.begin_index: int | None = None
         self.step_index: int | None = None
-        self.history: tuple[int, Tensor] | None = None  # the last step's index and x_hat
+        self.history: tuple[int, Tensor] | None = (
+            None  # the last step's index and x_hat, or the network's output there
+        )
 
     def remade(self, timeline: Timeline, settings: StepSettings) -> SamplingGrid:
         """The same run, as far as it has come, on another timeline or with other settings from here on."""
-        grid = SamplingGrid(timeline, self.host, settings, device=self.timesteps.device, chosen=self.chosen)
+        grid = SamplingGrid(
+            timeline, self.host, settings, device=self.timesteps.device, log_snrs=self.own_log_snrs, chosen=self.chosen
+        )
         grid.timesteps = self.timesteps  # the very tensor whose elements pipelines hold
-        grid.custom = self.custom
+        grid.custom, grid.counted = self.custom, self.counted
         grid.begin_index, grid.step_index, grid.history = self.begin_index, self.step_index, self.history
         return grid
 
@@ -107,6 +115,8 @@ class SamplingGrid:
 
     def index_of(self, timestep: Tensor | float) -> int | None:
         """The place of `timestep` on the grid; None for one off the training chain's whole steps. Never waits for a device."""
+        if self.counted and (place := self.begin_index if self.step_index is None else self.step_index) is not None:
+            return self._in_range(place)
         if isinstance(timestep, Tensor):
             if timestep.device.type != "cpu":
                 return self._index_of_device_tensor(timestep)
@@ -130,11 +140,14 @@ class SamplingGrid:
             counted is None
         ):  # once for each grid: a tensor from elsewhere, and nothing was said of where sampling begins
             return self.index_of(timestep.cpu())
-        if counted >= len(self.host):
+        return self._in_range(counted)
+
+    def _in_range(self, place: int) -> int:
+        if place >= self.length:
             raise ValueError(
-                f"all {len(self.host)} steps are taken: call `set_timesteps` (or `set_begin_index`) before the next sample."
+                f"all {self.length} steps are taken: call `set_timesteps` (or `set_begin_index`) before the next sample."
             )
-        return counted
+        return place
 
     def _refuse_off_grid(self, timestep: Tensor) -> None:
         self.timeline.check(timestep)  # names the range if that is what is wrong
@@ -147,13 +160,13 @@ class SamplingGrid:
     # --- their coefficients -------------------------------------------------------------------------------------------
 
     def _of_all_steps(self) -> StepCoefficients:
-        log_snrs = self.timeline.log_snr(self.host)
-        end = self._log_snr_of_target(self.ascending[:1])
-        c = step_coefficients(
-            log_snrs, torch.cat([log_snrs[1:], end]), self.settings, self.optimal, self.timeline.path
-        )
+        log_snrs = self.own_log_snrs
+        if log_snrs is None:
+            log_snrs = torch.cat([self.timeline.log_snr(self.host), self._log_snr_of_target(self.ascending[:1])])
+        c = step_coefficients(log_snrs[:-1], log_snrs[1:], self.settings, self.optimal, self.timeline)
         if self.multistep:
-            c = c._replace(multistep=multistep_weights(torch.cat([log_snrs, end])))
+            weights = multistep_weights if self.through_x_hat else velocity_weights
+            c = c._replace(multistep=weights(log_snrs))
         # At clean data the posterior has no variance, and the range of learned ones ends at the last step's before it.
         low = c.log_variance_low
         if len(low) > 1 and not bool(low[-1].isfinite()):
@@ -196,7 +209,7 @@ class SamplingGrid:
 
     def _off_grid(self, timestep: Tensor) -> StepCoefficients:
         end = self._log_snr_of_target(torch.as_tensor(self.previous(timestep)))
-        return step_coefficients(self.timeline.log_snr(timestep), end, self.settings, self.optimal, self.timeline.path)
+        return step_coefficients(self.timeline.log_snr(timestep), end, self.settings, self.optimal, self.timeline)
 
     def _log_snr_of_target(self, timesteps: Tensor) -> Tensor:
         """Log SNR at the end of a step; +inf, which makes it end at x_hat, for the last one with final_step="mean"."""

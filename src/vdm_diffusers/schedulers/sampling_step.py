@@ -24,8 +24,13 @@ def step_together(
     timestep: Tensor | float,
     sample: Tensor,
     generator: Generators,
+    *,
+    wants_x_hat: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(z_s, x_hat) of a step whose coefficients are numbers: no tensor of them exists, so nothing is copied, cast or waited for."""
+    """(z_s, x_hat) of a step whose coefficients are numbers: no tensor of them exists, so nothing is copied, cast or waited for.
+
+    With wants_x_hat=False the second may be the network's output instead, where nothing needs x_hat.
+    """
     index = grid.index_of(timestep)
     if index in grid.undefined:
         grid.raise_undefined(index)
@@ -36,14 +41,20 @@ def step_together(
         narrow_dtype = torch.promote_types(sample.dtype, dtype)
         sample, output = sample.float(), output.float()
 
-    x_hat = _combine(sample, output, step.x_swap, step.x_ratio, step.x_scale)
-    if grid.limits:
-        x_hat = limited(grid, x_hat)
+    if wants_x_hat or grid.through_x_hat:
+        x_hat = _combine(sample, output, step.x_swap, step.x_ratio, step.x_scale)
+        if grid.limits:
+            x_hat = limited(grid, x_hat)
+    else:
+        x_hat = output
     second = x_hat if grid.through_x_hat else output
     if grid.multistep and index is not None:
+        current = (
+            x_hat if grid.through_x_hat else output.clone()
+        )  # a compiled network may write its next output over this one
         if step.multistep and grid.history is not None and grid.history[0] == index - 1:
-            second = torch.lerp(grid.history[1], x_hat, 1 + step.multistep)
-        grid.history = (index, x_hat)
+            second = torch.lerp(grid.history[1], current, 1 + step.multistep)
+        grid.history = (index, current)
 
     z_s = _combine(sample, second, step.mean_swap, step.mean_ratio, step.mean_scale)
     if index is not None:

@@ -41,7 +41,7 @@ def reverse_coefficients(
     (alpha_s, sigma_s), (_, sigma_t) = alpha_sigma(log_snr_s, path), alpha_sigma(log_snr_t, path)
     difference = log_snr_t - log_snr_s
     c, one_minus_c, q = -torch.expm1(difference), torch.exp(difference), torch.exp(difference / 2)
-    eta2 = torch.minimum(torch.full_like(c, stochasticity**2), 1 / c)
+    eta2 = torch.minimum(torch.full_like(c, stochasticity**2), 1 / c.abs())  # -0.0 where both times are one
     r = torch.sqrt(((1 - eta2) + eta2 * one_minus_c).clamp(min=0))
     return ReverseCoefficients(
         z=sigma_s / sigma_t * r,
@@ -65,6 +65,22 @@ def multistep_weights(log_snrs: Tensor) -> Tensor:
     Source: Lu et al. 2022, "DPM-Solver++", algorithm 2 (2M); with noise, its SDE variant in appendix.
     """
     h = log_snrs.diff()
+    k = torch.cat([torch.zeros_like(h[:1]), h[1:] / (2 * h[:-1])])
+    return torch.where(k.isfinite(), k, 0.0)
+
+
+def velocity_weights(log_snrs: Tensor) -> Tensor:
+    """k_i of the second-order multistep update of a flow's velocity v: v is replaced by v_i + k_i (v_i - v_{i-1}).
+
+    v as a function of sigma is extrapolated linearly to the middle of the step, h_i long: k_i = h_i / (2 h_{i-1}). Zero for the first.
+
+    Arguments:
+        log_snrs: (n + 1,) ascending log SNRs on the flow path, of the grid and of the end of its last step.
+    Returns:
+        (n,) float64.
+    Source: the two-step method of Adams and Bashforth for steps of any length (Hairer et al. 1993, section III.5).
+    """
+    h = torch.sigmoid(-log_snrs / 2).diff()
     k = torch.cat([torch.zeros_like(h[:1]), h[1:] / (2 * h[:-1])])
     return torch.where(k.isfinite(), k, 0.0)
 
