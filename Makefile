@@ -46,6 +46,7 @@ quality: ## lint, formatting and types, changing nothing
 docs: ## the pages and the API reference, into build/docs; every warning is an error
 	@python="$$(scripts/environment.sh docs)"; "$$python" -m mkdocs build --strict
 
+publish: export NAMESPACE := $(value NAMESPACE)
 publish: ## push the models of model_cards/ to the Hub: make publish NAMESPACE=me (ARGS="--private --tag v1.0")
-	@test -n "$(NAMESPACE)" || { echo "say where: make publish NAMESPACE=your-name" >&2; exit 2; }; \
-	python="$$(scripts/environment.sh train)"; "$$python" scripts/publish.py "$(NAMESPACE)" $(ARGS)
+	@test -n "$$NAMESPACE" || { echo "say where: make publish NAMESPACE=your-name" >&2; exit 2; }; \
+	python="$$(scripts/environment.sh train)"; "$$python" scripts/publish.py "$$NAMESPACE" $(ARGS)

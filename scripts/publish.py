@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from vdm_diffusers.hub import publish_folder
+from vdm_diffusers.hub import HUB_ERRORS, publish_folder
 
 
 def main() -> None:
@@ -18,7 +18,12 @@ def main() -> None:
         parser.error(f"{args.folder} holds no folder with a model_index.json")
     for model in models:
         repo_id = f"{args.namespace}/{model.name}"
-        commit = publish_folder(model, repo_id, private=args.private or None, tag=args.tag, commit_message="Publish")
+        try:
+            commit = publish_folder(
+                model, repo_id, private=args.private or None, tag=args.tag, commit_message="Publish"
+            )
+        except HUB_ERRORS as error:
+            parser.error(f"{repo_id} was not published: {error}")
         print(f"{repo_id}: {commit.oid}")
 
 

@@ -297,7 +297,8 @@ def test_the_model_index_holds_the_figure_and_all_that_belongs_to_it(folder):
     card = ModelCard.load(write_model_card(folder, description()))
     (result,) = card.data.eval_results
     assert (result.metric_value, result.dataset_type, result.dataset_split) == (1.62345, "sklearn/digits", "test")
-    assert (result.dataset_revision, result.metric_type) == ("1.6.0", "bits_per_dim")
+    assert (result.dataset_revision, result.metric_type) == (None, "bits_per_dim")  # "1.6.0" is no commit
+    assert result.metric_args["data_version"] == "1.6.0"
     expected = {
         "standard_error": 0.004, "sampling_error": 0.008, "method": "ELBO in continuous time", "is_bound": True, "num_steps": "continuous time",
         "log_snr_max": 13.3, "log_snr_min": -5.0, "num_images": 297, "num_model_evaluations": 4752, "seed": 3,

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from warm_client import WarmClient
 
 from vdm_diffusers import HierarchicalVAE, VariationalAutoencoder, VDMPipeline, VDMScheduler, VDMUNet2DModel
-from vdm_diffusers.hub import publish_folder, redact
+from vdm_diffusers.hub import ModelDescription, Provenance, publish_folder, redact, write_model_card
 from vdm_diffusers.safety import UnsafeCheckpointError, read_header
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -110,10 +110,10 @@ def test_weights_pushed_over_others_are_those_that_load(hub, client, tmp_path):
 # --- a Hub that does not answer, a repository of someone else's -------------------------------------------------------
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [429, 500, 503, "no connection"])
 @pytest.mark.parametrize("kind", ["VDMPipeline", "VariationalAutoencoder"])
 def test_the_cache_serves_where_the_hub_does_not_answer(kind, status, hub, client, tmp_path):
-    name = f"someone/cached-{kind.lower()}-{status}"
+    name = f"someone/cached-{kind.lower()}-{status}".replace(" ", "-")
     (pipeline(1) if kind == "VDMPipeline" else small_vae()).save_pretrained(tmp_path / "run")
     hub.put(
         name, {p.relative_to(tmp_path / "run").as_posix(): p.read_bytes() for p in (tmp_path / "run").rglob("*.*")}
@@ -124,14 +124,16 @@ def test_the_cache_serves_where_the_hub_does_not_answer(kind, status, hub, clien
     def fail_from_now_on():
         while not (tmp_path / "loaded").exists():
             time.sleep(0.01)
-        armed.append(hub.fail_next("", status=status, times=10_000))
+        how = {"status": status} if isinstance(status, int) else {"lose_response": True}
+        armed.append(hub.fail_next("", **how, times=10_000))
         (tmp_path / "armed").touch()
 
     helper = threading.Thread(target=fail_from_now_on, daemon=True)
     helper.start()
     code = f"""
 import pathlib, time
-pathlib.Path(sys.argv[2], "loaded").touch() if not error_of({kind}.from_pretrained, sys.argv[1]) else None
+{kind}.from_pretrained(sys.argv[1])
+pathlib.Path(sys.argv[2], "loaded").touch()
 sleep, time.sleep = time.sleep, lambda seconds: None  # of the library, before it tries again
 while not pathlib.Path(sys.argv[2], "armed").exists():
     sleep(0.01)
@@ -180,6 +182,70 @@ def test_secrets_are_known_by_their_shape(start, tmp_path):
     (tmp_path / "run" / "README.md").write_text(f"---\nlicense: mit\n---\nmy token is {secret}\n")
     with pytest.raises(ValueError, match="token"):
         publish_folder(tmp_path / "run", "someone/secret", token=SECRET)
+
+
+# --- cards ------------------------------------------------------------------------------------------------------------
+
+
+def describe(**changes) -> ModelDescription:
+    record = Provenance.of_this_run(seed=1, command=changes.pop("command", "python training/train.py"))
+    fields = {
+        "title": "T",
+        "summary": "S",
+        "license": "mit",
+        "training": "With Adam.",
+        "training_data": [],
+        "provenance": record,
+    }
+    fields |= {
+        "duration": "1 min",
+        "measurements": [],
+        "limitations": ["Small."],
+        "location": "x",
+        "num_inference_steps": 3,
+    }
+    return ModelDescription(**fields | changes)
+
+
+def test_a_card_that_somebody_changed_is_kept(tmp_path):
+    pipeline(1).save_pretrained(tmp_path)
+    first = write_model_card(tmp_path, describe(title="One"))
+    write_model_card(tmp_path, describe(title="Two"))
+    assert "# Two" in first.read_text() and not list(tmp_path.glob("README.kept*"))
+    first.write_text(first.read_text().replace("With Adam.", "With Adam, and with love."))
+    write_model_card(tmp_path, describe(title="Three"))
+    (kept,) = tmp_path.glob("README.kept*")
+    assert "and with love" in kept.read_text() and "# Three" in first.read_text()
+    first.write_text("# My own")
+    write_model_card(tmp_path, describe(title="Four"))
+    assert sorted(path.name for path in tmp_path.glob("README.kept*")) == ["README.kept-1.md", "README.kept-2.md"]
+
+
+def test_commands_say_nothing_of_this_machines_folders(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    inside, outside = str(tmp_path / "here" / "outputs" / "run"), str(tmp_path / "secret" / "data")
+    monkeypatch.setattr("sys.argv", ["train.py", "--output_dir", inside, "--train_data_dir", outside])
+    command = Provenance.of_this_run(seed=1).command
+    assert command == "python train.py --output_dir outputs/run --train_data_dir data"
+
+
+def test_a_tables_cells_hold_any_text(tmp_path):
+    pipeline(1).save_pretrained(tmp_path)
+    card = write_model_card(tmp_path, describe(command="python a.py | tee log\nrm x")).read_text()
+    assert "| command | `python a.py \\| tee log rm x` |" in card
+
+
+def test_a_picture_in_another_encoding_is_no_obstacle_and_a_link_out_is(tmp_path, hub, client):
+    folder = tmp_path / "run"
+    pipeline(1).save_pretrained(folder)
+    (folder / "picture.svg").write_bytes("<svg><text>\xe4</text></svg>".encode("latin-1"))
+    client("publish_folder(sys.argv[1], 'someone/pictures')", folder)
+    assert hub.files("someone/pictures")["picture.svg"] == (folder / "picture.svg").read_bytes()
+    (tmp_path / "private.png").write_bytes(b"private")
+    (folder / "samples.png").symlink_to(tmp_path / "private.png")
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        publish_folder(folder, "someone/pictures", token=SECRET)
 
 
 # --- what is let in ---------------------------------------------------------------------------------------------------

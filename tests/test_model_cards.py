@@ -49,7 +49,7 @@ def test_a_cards_figure_is_found_again_and_far_below_the_histogram_baseline(name
     assert report.bits_per_dim < 1.75 < baseline - 0.5
     (result,) = ModelCard.load(CARDS / name / "README.md").data.eval_results
     assert result.metric_args["num_images"] == len(images)
-    assert result.dataset_revision == f"blake2b {digits['test'].fingerprint()}"
+    assert result.metric_args["data_version"] == f"blake2b {digits['test'].fingerprint()}"
     error = (report.standard_error**2 + result.metric_args["standard_error"] ** 2) ** 0.5
     assert abs(report.bits_per_dim - result.metric_value) < 5 * error  # other noise, the same images
 

@@ -31,6 +31,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -111,6 +112,7 @@ from zero import ZeroEngine, requested_zero
 
 from vdm_diffusers import VDMFlowScheduler, VDMPipeline, VDMScheduler
 from vdm_diffusers.hub import (
+    HUB_ERRORS,
     EvaluationData,
     Measurement,
     ModelDescription,
@@ -230,8 +232,15 @@ def hub_repository(args: Arguments, output_dir: Path) -> str | None:
         return check_hub_access(
             run.hub_model_id or output_dir.resolve().name, private=run.hub_private_repo or None, token=run.hub_token
         )
-    except OSError as error:
-        raise SetupError(f"--push_to_hub: {error}") from error
+    except HUB_ERRORS as error:
+        raise SetupError(
+            f"--push_to_hub: {one_line(error)} (Without it the run can be published later, see docs/hub.md.)"
+        ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """The first sentence of what the Hub's client says, without its traceback."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".") + "."
 
 
 def changed_arguments(checkpoint: Path, args: Arguments, global_batch: int) -> str | None:
@@ -1094,7 +1103,14 @@ class Training:
                     run_as_future=True,
                 )
                 assert isinstance(push, Future)
-                push.result()
+                try:
+                    push.result()
+                except HUB_ERRORS as error:
+                    again = f"from vdm_diffusers.hub import publish_folder; publish_folder({str(self.output_dir)!r}, {self.repo_id!r})"
+                    raise SaveError(
+                        f"the model lies in {self.output_dir}, and was not pushed to {self.repo_id}: {one_line(error)} To push it again: "
+                        f"python -c {shlex.quote(again)}"
+                    ) from error
                 self.accelerator.print(f"published {self.repo_id}")
         self.accelerator.wait_for_everyone()
 

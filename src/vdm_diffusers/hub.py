@@ -37,6 +37,7 @@ from functools import cache
 from importlib import metadata
 
 import torch
+from diffusers.utils import logging
 from huggingface_hub import (
     CommitInfo,
     CommitOperationAdd,
@@ -47,10 +48,16 @@ from huggingface_hub import (
     ModelCardData,
     get_token,
 )
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
+
+logger = logging.get_logger(__name__)
 
 HUB_NAMESPACE: str | None = None
 """Where the models of `model_cards/` live on the Hub. While it is None they are loaded from that folder of a checkout."""
+
+HUB_ERRORS = (OSError, ValueError, HfHubHTTPError.__bases__[0])
+"""What a push may fail with: no connection, an answer that is an error, nobody logged in, a name that is none, no right to push."""
 
 CODE_FILE = "vdm_diffusers.py"
 CODE_PATHS = (CODE_FILE, f"unet/{CODE_FILE}", f"scheduler/{CODE_FILE}")
@@ -303,8 +310,12 @@ def _publishable(folder: pathlib.Path, token: str | None) -> list[str]:
     files += [path for path in folder.iterdir() if path.name == "README.md" or path.suffix.lower() in PICTURES]
     own = token or get_token()
     for path in files:
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{path} is a link that leads out of the folder: nothing was uploaded. Put the file itself there."
+            )
         if path.suffix in (".json", ".md", ".svg"):
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes().decode("utf-8", errors="replace")  # a picture may be in another encoding
             if _TOKEN.search(text) or (own and own in text):
                 raise ValueError(
                     f"{path} holds what looks like an access token: nothing was uploaded. Remove it, and revoke it."
@@ -519,12 +530,20 @@ class Provenance:
         packages = ("vdm-diffusers", "torch", "diffusers", "numpy")
         accelerators = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
         return cls(
-            command=command or shlex.join(["python", *sys.argv]),
+            command=command or shlex.join(["python", *map(_without_place, sys.argv)]),
             seed=seed,
             versions={"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
             machine=", ".join([f"{os.cpu_count()} CPU cores ({platform.machine()})", *sorted(accelerators)]),
             date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
+
+
+def _without_place(argument: str) -> str:
+    """A command's argument for other machines: a path below this folder from here on, another one of the whole disk by its last part."""
+    if not os.path.isabs(argument):
+        return argument
+    below = os.path.relpath(argument)
+    return os.path.basename(argument.rstrip(os.sep)) if below.startswith(os.pardir) else below
 
 
 @dataclass(frozen=True)
@@ -672,11 +691,34 @@ def write_model_card(folder: str | os.PathLike[str], description: ModelDescripti
         "\n".join(f"- {limitation}" for limitation in description.limitations),
     ]
     path = folder / "README.md"
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    card = redact(str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")))
+    if (kept := _set_aside(path)) is not None:
+        logger.warning(f"{path} was changed by hand: it is kept as {kept.name}.")
     temporary = path.with_suffix(".md.tmp")
-    temporary.write_text(redact(str(card)), encoding="utf-8")
+    temporary.write_text(f"{card}\n{_MARK.format(_digest(card))}\n", encoding="utf-8")
     temporary.replace(path)
     return path
+
+
+_MARK = "<!-- written by vdm_diffusers, {} -->"
+
+
+def _digest(card: str) -> str:
+    return hashlib.blake2b(card.strip().encode(), digest_size=8).hexdigest()
+
+
+def _set_aside(card: pathlib.Path) -> pathlib.Path | None:
+    """Rename a card that somebody wrote, or changed since it was written here; the new name, or None."""
+    if not card.is_file():
+        return None
+    text = card.read_bytes().decode("utf-8", errors="replace").rstrip()
+    body, _, last = text.rpartition("\n")
+    if last == _MARK.format(_digest(body)):
+        return None
+    number = 1
+    while (kept := card.with_name(f"README.kept-{number}.md")).exists():
+        number += 1
+    return card.rename(kept)
 
 
 _USAGE = ("<!-- usage: written by vdm_diffusers -->", "<!-- end of usage -->")
@@ -699,7 +741,9 @@ def _eval_result(m: Measurement) -> EvalResult:
         dataset_name=m.data.name,
         dataset_config=m.data.config,
         dataset_split=m.data.split,
-        dataset_revision=m.data.version,
+        dataset_revision=m.data.version
+        if re.fullmatch(r"[0-9a-f]{40}", m.data.version)
+        else None,  # a commit, or none
         metric_type="bits_per_dim",
         metric_name=f"bits/dim ({m.method}{', upper bound' if m.is_bound else ''})",
         metric_value=round(float(m.bits_per_dim), 6),
@@ -712,6 +756,7 @@ def _eval_result(m: Measurement) -> EvalResult:
             **({} if m.log_snr_max is None else {"log_snr_max": float(m.log_snr_max)}),
             **({} if m.log_snr_min is None else {"log_snr_min": float(m.log_snr_min)}),
             "num_images": m.data.num_images,
+            "data_version": m.data.version,
             "num_model_evaluations": m.num_model_evaluations,
             "command": m.provenance.command,
             "seed": m.provenance.seed,
@@ -731,7 +776,7 @@ def _figures(measurements: Sequence[Measurement]) -> str:
         terms = (m.prior, m.diffusion, m.reconstruction)
         split = " + ".join(f"{term:.4f}" for term in terms if term is not None) or "-"
         steps = "" if m.num_steps is None else f", {m.num_steps} steps"
-        data = f"{m.data.name} {m.data.version}, {m.data.split}, {m.data.num_images} images"
+        data = _cell(f"{m.data.name} {m.data.version}, {m.data.split}, {m.data.num_images} images")
         bound = "≤ " if m.is_bound else ""
         ends = "-" if m.log_snr_max is None else f"{m.log_snr_max:g}, {m.log_snr_min:g}"
         rows.append(f"| {data} | {bound}{m.bits_per_dim:.4f} ± {m.error:.4f} | {split} | {m.method}{steps} | {ends} |")
@@ -756,7 +801,12 @@ def _provenance_table(provenance: Provenance, more: Mapping[str, str]) -> str:
         "date": provenance.date,
         **more,
     }
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
+
+
+def _cell(text: str) -> str:
+    """Text that keeps to its cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _usage(location: str, folder: pathlib.Path, num_inference_steps: int, published: bool) -> str:

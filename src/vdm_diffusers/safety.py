@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NoReturn
 
-import httpx
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -50,6 +49,9 @@ _WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?
 logger = logging.get_logger(__name__)
 
 
+HTTP_ERROR = HfHubHTTPError.__bases__[
+    0
+]  # of the library that huggingface_hub uses: no connection, and answers that are errors
 OWN_FOLDERS = ("outputs/", "model_cards/")  # of this project's commands: no owner of repositories
 
 
@@ -135,8 +137,9 @@ def check_model(
     check_location(source)
     if not os.path.isdir(source):
         place = {key: options.get(key) for key in ("revision", "token", "cache_dir")}
-        if not options.get("local_files_only"):
-            with cache_if_unreachable(str(source)):
+        cached = {"local_files_only": bool(options.get("local_files_only"))}
+        if not cached["local_files_only"]:
+            with cache_if_unreachable(str(source)) as cached:
                 sizes, read = _repository(str(source), **place)
                 prefix = f"{subfolder}/" if subfolder else ""
                 config = read(f"{prefix}config.json")
@@ -146,9 +149,7 @@ def check_model(
                 _check_sizes(component, config, beside, str(source))
         # By its branch, which the cache then knows. What is checked below is what is loaded, whatever was pushed meanwhile.
         patterns = [f"{subfolder}/{kind}" if subfolder else kind for kind in ("*.json", "*.safetensors")]
-        source = snapshot_download(
-            str(source), allow_patterns=patterns, local_files_only=bool(options.get("local_files_only")), **place
-        )
+        source = snapshot_download(str(source), allow_patterns=patterns, **cached, **place)
     folder = pathlib.Path(source) / subfolder
     config = _read_json(folder / "config.json", folder)
     _check_class(name, config)
@@ -171,17 +172,22 @@ def check_location(location: str | os.PathLike[str]) -> None:
 
 
 @contextlib.contextmanager
-def cache_if_unreachable(repo_id: str) -> Iterator[None]:
-    """Leave the block, with one line of warning, where the Hub cannot be reached or has too much to do: the cache may do."""
+def cache_if_unreachable(repo_id: str) -> Iterator[dict[str, bool]]:
+    """Leave the block, with one line of warning, where the Hub cannot be reached or has too much to do: the cache may do.
+
+    Yields the further arguments of a download: local_files_only=True once the block was left.
+    """
+    options: dict[str, bool] = {}
     try:
-        yield
+        yield options
     except OfflineModeIsEnabled:
-        return
-    except (HfHubHTTPError, httpx.TransportError) as error:
+        options["local_files_only"] = True
+    except HTTP_ERROR as error:
         response = getattr(error, "response", None)
         status = getattr(response, "status_code", None)
         if status is not None and status != 429 and status < 500:
             raise
+        options["local_files_only"] = True
         logger.warning(
             f"the Hub does not answer ({status or type(error).__name__}): {repo_id} is looked for in the cache."
         )

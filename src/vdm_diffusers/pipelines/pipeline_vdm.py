@@ -126,7 +126,7 @@ class VDMPipeline(DiffusionPipeline):
         """Fetch a repository into the cache, as [`DiffusionPipeline.download`] does, once its configs have been checked."""
         if not kwargs.get("local_files_only"):
             # what the cache holds is checked below
-            with cache_if_unreachable(pretrained_model_name):
+            with cache_if_unreachable(pretrained_model_name) as cached:
                 check_repository(
                     pretrained_model_name,
                     pipeline=cls.__name__,
@@ -136,6 +136,7 @@ class VDMPipeline(DiffusionPipeline):
                     passed=kwargs,
                     trust_remote_code=kwargs.get("trust_remote_code", False),
                 )
+            kwargs |= cached
         folder = DiffusionPipeline.download.__func__(cls, pretrained_model_name, **kwargs)
         _check_folder(cls, folder, kwargs)
         return folder
