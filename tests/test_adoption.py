@@ -347,3 +347,25 @@ def test_warnings_are_none_for_ordinary_configurations():
         warnings.simplefilter("error")
         for peer in (DDPMScheduler(), LCMScheduler(), DPMSolverMultistepScheduler(use_karras_sigmas=True)):
             VDMScheduler.from_config(peer.config).set_timesteps(4)
+
+
+@pytest.mark.parametrize("cls", VDMScheduler().compatibles, ids=lambda c: c.__name__)
+def test_a_config_comes_back_from_every_compatible_class_as_it_went(cls):
+    config = {"num_train_timesteps": 1000, "beta_schedule": "linear", "variance_type": "fixed_small", "clip_sample": True}
+    ours = VDMScheduler(beta_start=1e-4, beta_end=0.02, **config)
+    back = VDMScheduler.from_config(cls.from_config(ours.config).config)
+    known = {key: value for key, value in back.config.items() if key in ours.config}
+    for config in (known, dict(ours.config)):
+        config["_use_default_values"] = sorted(config["_use_default_values"])
+    assert {**known} == {**dict(ours.config), "_use_default_values": known["_use_default_values"]}
+    # what nobody set may be set now, to the same value
+    assert set(known["_use_default_values"]) <= set(ours.config["_use_default_values"])
+
+
+@pytest.mark.parametrize("make", [VDMScheduler, VDMFlowScheduler, VDMSigmaScheduler])
+def test_what_was_saved_says_everything(make, tmp_path):
+    """Diffusers: a scheduler that was saved and loaded has no values by default, all stand in its file."""
+    ours = make()
+    ours.save_pretrained(tmp_path)
+    config = {key: value for key, value in ours.config.items() if key != "_use_default_values"}
+    assert dict(make.from_pretrained(tmp_path).config) == config

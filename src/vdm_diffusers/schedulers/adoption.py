@@ -42,15 +42,15 @@ _FLOWS = ("FlowMatch", "FlowMap", "Helios", "Piflow", "MiniMaxH3", "LTXEulerAnce
 _SIGMAS = ("EDM", "VDMSigma", "CosineDPMSolver", "KarrasVe", "ScoreSdeVe", "CMStochasticIterative")
 
 
-def adopted(config: Mapping[str, Any], own_class: str) -> dict[str, Any]:
-    """`config`, written by any class, in the words of `own_class`: what its own class adds by default and by habit is written out.
+def adopted(config: Mapping[str, Any], own: type) -> dict[str, Any]:
+    """`config`, written by any class, in the words of the class `own`: what its own class adds by default and by habit is written out.
 
     Raises:
         ValueError: the config is of a model that no table of betas with its timesteps describes; names the class to use.
     """
     values = dict(config)
     name = values.get("_class_name") or _class_of(values)
-    if name == own_class or not isinstance(name, str):
+    if name == own.__name__ or not isinstance(name, str):
         return values
     defaults = _defaults(name)
     if (reason := other_model(name, values)) is not None:
@@ -75,7 +75,9 @@ def adopted(config: Mapping[str, Any], own_class: str) -> dict[str, Any]:
     if shift != 1:  # CogVideoX's: it stands in the betas from here on
         betas = _shifted_betas(values, shift)
         values |= {"trained_betas": betas, "rescale_betas_zero_snr": False, "snr_shift_scale": 1.0}
-    values["_use_default_values"] = [key for key in config.get("_use_default_values", []) if key not in written]
+    if (unset := config.get("_use_default_values")) is not None:  # the keys for which Diffusers takes the new class's default
+        same = {p.name for p in inspect.signature(own).parameters.values() if values.get(p.name) == p.default}
+        values["_use_default_values"] = [key for key in unset if key not in written or key in same]
     return values
 
 

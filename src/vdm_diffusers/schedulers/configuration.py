@@ -55,14 +55,15 @@ def plain(key: str, value: Any) -> Any:
     raise ValueError(f"`{key}` must be a number, a string, a list or a dict, as it is saved in JSON, got {value!r}.")
 
 
-def unset_keys(init: Callable[..., Any], config: Mapping[str, Any]) -> list[str]:
-    """The config's `_use_default_values` as Diffusers means it: the keys that nobody set.
+def unset_keys(init: Callable[..., Any], config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The config's `_use_default_values` as Diffusers means it, the keys that nobody set; without it where the config has none.
 
     Diffusers counts arguments that were passed by position among them, and drops them where another class takes the config.
     """
-    parameters = inspect.signature(init).parameters
-    unset = config.get("_use_default_values", [])
-    return [key for key in unset if key not in parameters or config[key] == parameters[key].default]
+    name, parameters = "_use_default_values", inspect.signature(init).parameters
+    if name not in config:  # of a scheduler that was saved: all stand in its file
+        return {}
+    return {name: [key for key in config[name] if key not in parameters or config[key] == parameters[key].default]}
 
 
 def check_config(config: Mapping[str, Any]) -> None:

@@ -111,7 +111,7 @@ class VDMFlowScheduler(SchedulerMixin, ConfigMixin):
     ):
         config = {key: plain(key, value) for key, value in self.config.items() if not key.startswith("_")}
         unset = unset_keys(VDMFlowScheduler.__init__, self.config)
-        self.register_to_config(**config, _use_default_values=unset, _class_name=type(self).__name__)
+        self.register_to_config(**config, **unset, _class_name=type(self).__name__)
         _check(self.config)
         self._shift = float(config["shift"])
         static = None if config["use_dynamic_shifting"] else self._shift

@@ -70,7 +70,7 @@ class VDMSigmaScheduler(SchedulerMixin, ConfigMixin):
     ):
         config = {key: plain(key, value) for key, value in self.config.items() if not key.startswith("_")}
         unset = unset_keys(VDMSigmaScheduler.__init__, self.config)
-        self.register_to_config(**config, _use_default_values=unset, _class_name=type(self).__name__)
+        self.register_to_config(**config, **unset, _class_name=type(self).__name__)
         _check(self.config)
         self.num_inference_steps: int | None = None
         ramp = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps

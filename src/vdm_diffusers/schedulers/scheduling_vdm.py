@@ -168,7 +168,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         if config["timestep_spacing"] is None:
             config["timestep_spacing"] = "trailing" if self.is_log_snr_schedule else "leading"
         # The class name in the live config tells Diffusers whose keys these are, so that other schedulers take it silently.
-        self.register_to_config(**config, _use_default_values=unset, _class_name=type(self).__name__)
+        self.register_to_config(**config, **unset, _class_name=type(self).__name__)
         check_config(self.config)
         self.init_noise_sigma = 1.0
         self._use_timeline(timeline_of(self.config))
@@ -184,7 +184,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             ValueError: the config is of a model on another path, in sigma space or with other timesteps; names the class to use.
         """
         if isinstance(config, Mapping):
-            config = adopted(config, cls.__name__)
+            config = adopted(config, cls)
         made = super().from_config(cast("dict[str, Any]", config), return_unused_kwargs, **kwargs)
         scheduler = made[0] if return_unused_kwargs else made
         if "_refused" in scheduler.config:
