@@ -6,7 +6,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-lowest style quality docs publish
 
-# Where `make demo` writes. A folder of an earlier run is left alone: the new run gets one with the time in its name.
+# Where `make demo` writes. A finished run is left alone: the new one gets a folder with the time in its name. An interrupted one goes on.
 OUT ?= outputs/digits
 # Further arguments for pytest: make test ARGS="-k posterior"
 ARGS ?=
@@ -16,9 +16,13 @@ help:
 
 demo: ## train on the 8x8 digits, then evaluate the checkpoint in a new process (outputs/digits)
 	@python="$$(scripts/environment.sh train,test)"; \
-	out="$(OUT)"; \
-	if [ -e "$$out" ]; then out="$$out-$$(date +%Y%m%d-%H%M%S)"; echo "$(OUT) exists already: writing to $$out"; fi; \
-	"$$python" training/train.py --output_dir "$$out"; \
+	out="$(OUT)"; resume=""; \
+	if [ -e "$$out/model_index.json" ]; then \
+		out="$$out-$$(date +%Y%m%d-%H%M%S)"; echo "$(OUT) exists already: writing to $$out"; \
+	elif ls -d "$$out"/checkpoint-* >/dev/null 2>&1; then \
+		resume="--resume_from_checkpoint latest"; echo "$(OUT) was interrupted: going on with it"; \
+	elif [ -e "$$out" ]; then resume="--overwrite_output_dir"; fi; \
+	"$$python" training/train.py --output_dir "$$out" $$resume; \
 	"$$python" training/evaluate.py --checkpoint "$$out"
 
 test: ## the test suite

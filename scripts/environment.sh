@@ -55,7 +55,7 @@ install() { # python, pip's further arguments
     local python="$1"
     shift
     say "Installing vdm-diffusers[$extras] with $python"
-    "$python" -m pip install --quiet -e ".[$extras]" "$@" >&2
+    "$python" -m pip install -e ".[$extras]" "$@" >&2
 }
 
 is_virtual() { "$1" -c 'import os, sys; sys.exit(sys.prefix == sys.base_prefix and "CONDA_PREFIX" not in os.environ)'; }
@@ -91,10 +91,6 @@ if [ ! -x "$python" ]; then
         say "On Linux, pip's default build of torch includes CUDA: several GB to download. Without a GPU, the CPU build does"
         say "(0.2 GB, and as much for the other packages): press Ctrl-C, run \`$active -m venv .venv\`, install torch into"
         say ".venv as https://pytorch.org/get-started/locally/ says for CPU, and give this command again."
-        if [ -t 0 ]; then
-            say "Going on in 10 seconds."
-            sleep 10
-        fi
         "$active" -m venv .venv
     fi
 fi

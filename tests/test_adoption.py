@@ -351,7 +351,12 @@ def test_warnings_are_none_for_ordinary_configurations():
 
 @pytest.mark.parametrize("cls", VDMScheduler().compatibles, ids=lambda c: c.__name__)
 def test_a_config_comes_back_from_every_compatible_class_as_it_went(cls):
-    config = {"num_train_timesteps": 1000, "beta_schedule": "linear", "variance_type": "fixed_small", "clip_sample": True}
+    config = {
+        "num_train_timesteps": 1000,
+        "beta_schedule": "linear",
+        "variance_type": "fixed_small",
+        "clip_sample": True,
+    }
     ours = VDMScheduler(beta_start=1e-4, beta_end=0.02, **config)
     back = VDMScheduler.from_config(cls.from_config(ours.config).config)
     known = {key: value for key, value in back.config.items() if key in ours.config}

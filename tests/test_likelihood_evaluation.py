@@ -5,7 +5,7 @@ import math
 import PIL.Image
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, FlowMapEulerDiscreteScheduler, UNet2DModel
 from exact_models import GaussianMixture
 from torch import nn
 
@@ -254,7 +254,7 @@ class WithVAE(DDPMPipeline):
         (lambda p: evaluate(p, images(num_levels=17), class_labels="label"), "no datasets.Dataset"),
         (lambda p: evaluate(p.unet, images()), "`scheduler` is needed"),
         (lambda p: evaluate(3, images(), scheduler=p.scheduler), "must be a pipeline or a callable"),
-        (lambda p: evaluate(p.unet, images(), scheduler=FlowMatchEulerDiscreteScheduler()), "Use VDMFlowScheduler"),
+        (lambda p: evaluate(p.unet, images(), scheduler=FlowMapEulerDiscreteScheduler()), "Keep FlowMap"),
         (lambda p: evaluate(p.unet, images(), scheduler=log_snr_scheduler(stochasticity=0.0)), "no finite ELBO"),
         (lambda p: evaluate(p.unet, images(), scheduler=DDPMScheduler(), num_steps=1001), "2..1000"),
         (lambda p: evaluate(p.unet, images(), scheduler=DDPMScheduler(), num_samples=3), "at least 4"),

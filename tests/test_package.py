@@ -51,6 +51,7 @@ ROOMS = [
     "hub",
     "pipelines",
     "evaluation",
+    "compression",
     "registration",
     "__init__",
 ]
@@ -191,7 +192,7 @@ def requirements(extra: str = "") -> dict[str, Requirement]:
 
 def test_imports_are_declared():
     always = {"vdm-diffusers", *requirements()}
-    sometimes = always | {*requirements("train")}
+    sometimes = always | {*requirements("train"), *requirements("compression")}
     undeclared = {
         (str(path.relative_to(ROOT)), name)
         for path in PACKAGE.rglob("*.py")
@@ -205,7 +206,7 @@ def test_imports_are_declared():
 def test_the_lowest_constraints_are_the_declared_bounds():
     lines = (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8").splitlines()
     pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    declared = requirements() | requirements("train") | requirements("test")
+    declared = requirements() | requirements("train") | requirements("compression") | requirements("test")
     declared.pop("vdm-diffusers", None)
     assert pinned.keys() == declared.keys()
     assert pinned.pop("torch") in declared.pop("torch").specifier  # only one version of it is run

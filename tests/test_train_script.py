@@ -17,11 +17,11 @@ import train
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from checkpoints import list_checkpoints, required_bytes, verify
-from diffusers import UNet2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from hub_double import HubDouble
 from safetensors.torch import load_file
 
-from vdm_diffusers import VDMPipeline, VDMScheduler, VDMUNet2DModel
+from vdm_diffusers import VDMFlowScheduler, VDMPipeline, VDMScheduler, VDMUNet2DModel
 
 SCRIPT = Path(train.__file__)
 TINY = {
@@ -563,3 +563,27 @@ def test_accelerate_launch(command_line, recipe, tmp_path):
     else:
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "run" / "model_index.json").exists()
+
+
+def test_a_flow_is_trained_evaluated_and_sampled_by_the_stock_scheduler(run, tmp_path, capsys):
+    """The straight path: the saved pipeline's scheduler is a VDMFlowScheduler, and Diffusers' own gives its samples."""
+    options = {"path": "flow", "prediction_type": "flow_prediction", "flow_shift": 2.0, "log_snr_table": "none"}
+    assert run(tmp_path / "run", **options, max_train_steps=4, checkpointing_steps=4) == 0
+    assert "schedule of a flow, shift 2" in capsys.readouterr().out
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "bits_per_dim" in metrics or '"loss"' in metrics
+    pipe = VDMPipeline.from_pretrained(tmp_path / "run")
+    assert type(pipe.scheduler) is VDMFlowScheduler and pipe.scheduler.config.shift == 2.0
+    pipe.set_progress_bar_config(disable=True)
+    samples = []
+    for scheduler in (pipe.scheduler, FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config)):
+        pipe.scheduler = scheduler
+        generator = torch.Generator().manual_seed(0)
+        samples.append(pipe(batch_size=2, num_inference_steps=6, generator=generator, output_type="latent").images)
+    torch.testing.assert_close(samples[0], samples[1], rtol=1e-5, atol=1e-5)
+    for refused in ({"log_snr_max": 5}, {"ddpm_beta_schedule": "linear"}, {"prediction_type": "epsilon"}):
+        with pytest.raises(SystemExit) as stopped:
+            train.main(
+                ["--output_dir", str(tmp_path / "x"), *[f"--{k}={v}" for k, v in {**options, **refused}.items()]]
+            )
+        assert stopped.value.code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ def make_network(args: Arguments, images: ImageSet) -> ModelMixin:
         hidden_channels=model.hidden_channels,
         layers_per_block=model.layers_per_block,
         num_train_timesteps=args.diffusion.ddpm_num_steps,
-        fourier_exponents=model.fourier_exponents,
+        fourier_exponents=octaves(images.num_levels) if model.fourier_exponents is None else model.fourier_exponents,
         residual_connection=args.diffusion.prediction_type == "epsilon",
         add_attention=model.add_attention,
         attention_head_dim=model.attention_head_dim,
@@ -47,6 +48,11 @@ def make_network(args: Arguments, images: ImageSet) -> ModelMixin:
         dropout=model.dropout,
         norm_num_groups=model.norm_num_groups,
     )
+
+
+def octaves(num_levels: int) -> list[float]:
+    """1, 2, ..., log2 of the number of levels, rounded up: from the whole range of pixels down to the distance of two levels."""
+    return [float(n) for n in range(1, max(1, math.ceil(math.log2(num_levels))) + 1)]
 
 
 def no_class_label(network: ModelMixin, images: ImageSet) -> int | None:

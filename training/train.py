@@ -120,6 +120,7 @@ from vdm_diffusers.hub import (
     check_hub_access,
     publish_folder,
     write_model_card,
+    write_travelling_code,
 )
 from vdm_diffusers.models.labels import num_classes
 
@@ -236,6 +237,11 @@ def hub_repository(args: Arguments, output_dir: Path) -> str | None:
         raise SetupError(
             f"--push_to_hub: {one_line(error)} (Without it the run can be published later, see docs/hub.md.)"
         ) from error
+
+
+def warmup_steps(asked: int | None, num_steps: int) -> int:
+    """Of a stage of the run: what was asked for, or 500 and at most a tenth of it."""
+    return min(500, num_steps // 10) if asked is None else asked
 
 
 def one_line(error: BaseException) -> str:
@@ -592,7 +598,7 @@ class Training:
             stage: get_scheduler(
                 optimization.lr_scheduler,
                 optimizer,
-                num_warmup_steps=optimization.lr_warmup_steps,
+                num_warmup_steps=warmup_steps(optimization.lr_warmup_steps, stage.end - stage.first),
                 num_training_steps=stage.end - stage.first,
             ).lr_lambdas[0]
             for stage in self.stages
@@ -1068,7 +1074,10 @@ class Training:
         averaged = self.whole_average()
         if self.accelerator.is_main_process:
             with explained_failure(self.output_dir), atomic_folder(self.output_dir / "pipeline") as folder:
-                self.pipeline(averaged).save_pretrained(folder)
+                pipeline = self.pipeline(averaged)
+                pipeline.save_pretrained(folder)
+                if isinstance(pipeline, VDMPipeline) and isinstance(pipeline.scheduler, VDMScheduler):
+                    write_travelling_code(folder)  # with it the folder loads where this package is not
                 write_json(folder / ARGUMENTS_FILE, self.description())
             written = self.output_dir / "pipeline"
             index = "config.json" if self.args.model.model in ("vae", "hvae") else "model_index.json"

@@ -181,7 +181,7 @@ def cache_if_unreachable(repo_id: str) -> Iterator[dict[str, bool]]:
     try:
         yield options
     except OfflineModeIsEnabled:
-        options["local_files_only"] = True
+        return  # which the client knows itself
     except HTTP_ERROR as error:
         response = getattr(error, "response", None)
         status = getattr(response, "status_code", None)

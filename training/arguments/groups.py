@@ -141,9 +141,10 @@ class ModelArguments:
     layers_per_block: int = argument(
         32, "Residual blocks of its first half; one more stands in the second.", bounds=Bounds(1, 1024)
     )
-    fourier_exponents: list[float] = argument(
-        [7.0, 8.0],
-        "Octaves n of its input features sin(2^n pi z), cos(2^n pi z): 7 8 for 256 levels, 2 3 4 for 17.",
+    fourier_exponents: list[float] | None = argument(
+        None,
+        "Octaves n of its input features sin(2^n pi z), cos(2^n pi z). None: every octave down to the distance of two levels, 1 to 8 for "
+        "256 levels. (VDM's paper has 7 8; on MNIST all eight are 0.14 bits/dim better.)",
         bounds=Bounds(-32, 32),
     )
     add_attention: bool = argument(True, "Self-attention in its middle.")
@@ -301,7 +302,9 @@ class OptimizationArguments:
     )
     learning_rate: float = argument(1e-4, "Highest learning rate.", bounds=POSITIVE, basic=True)
     lr_scheduler: LRSchedule = argument("cosine", "Course of the learning rate over the optimiser steps.")
-    lr_warmup_steps: int = argument(500, "Optimiser steps of linear warm-up.", bounds=NOT_NEGATIVE)
+    lr_warmup_steps: int | None = argument(
+        None, "Optimiser steps of linear warm-up. None: 500, but at most a tenth of the run.", bounds=NOT_NEGATIVE
+    )
     adam_beta1: float = argument(0.95, "AdamW's decay of the mean gradient.", bounds=SHARE)
     adam_beta2: float = argument(0.999, "AdamW's decay of the mean squared gradient.", bounds=SHARE)
     adam_weight_decay: float = argument(1e-6, "AdamW's weight decay.", bounds=NOT_NEGATIVE)

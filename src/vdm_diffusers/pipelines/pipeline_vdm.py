@@ -378,7 +378,9 @@ class VDMPipeline(DiffusionPipeline):
             source = torch.device("cpu") if device.type == "mps" else device
             rows = (shape[0] * num_particles, *shape[1:])
             latents = randn_tensor(rows, generator=generator, device=source, dtype=dtype)
-        latents = latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        # flow matching's schedulers of Diffusers neither scale the noise nor the model's input, and have no names for it
+        latents = latents.to(device=device, dtype=dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
         class_labels = default_label(self.unet) if class_labels is None else class_labels
         conditioning, negative = (
             {}
@@ -409,7 +411,7 @@ class VDMPipeline(DiffusionPipeline):
                 latents = noised
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps[first:], first):
-                model_input = self.scheduler.scale_model_input(latents, t)
+                model_input = scale_model_input(latents, t)
                 model_output = call_network(self.unet, model_input, t, **conditioning).to(dtype)
                 if negative:
                     unguided = call_network(self.unet, model_input, t, **negative).to(dtype)

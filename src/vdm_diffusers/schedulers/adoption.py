@@ -75,7 +75,9 @@ def adopted(config: Mapping[str, Any], own: type) -> dict[str, Any]:
     if shift != 1:  # CogVideoX's: it stands in the betas from here on
         betas = _shifted_betas(values, shift)
         values |= {"trained_betas": betas, "rescale_betas_zero_snr": False, "snr_shift_scale": 1.0}
-    if (unset := config.get("_use_default_values")) is not None:  # the keys for which Diffusers takes the new class's default
+    if (
+        unset := config.get("_use_default_values")
+    ) is not None:  # the keys for which Diffusers takes the new class's default
         same = {p.name for p in inspect.signature(own).parameters.values() if values.get(p.name) == p.default}
         values["_use_default_values"] = [key for key in unset if key not in written or key in same]
     return values
