@@ -17,7 +17,15 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
-from vdm_diffusers import VDMPipeline, VDMScheduler, VDMUNet2DModel, estimate_optimal_variance, evaluate_likelihood
+from vdm_diffusers import (
+    HierarchicalVAE,
+    VariationalAutoencoder,
+    VDMPipeline,
+    VDMScheduler,
+    VDMUNet2DModel,
+    estimate_optimal_variance,
+    evaluate_likelihood,
+)
 
 pytest.importorskip("constriction")
 from vdm_diffusers.compression import (
@@ -74,10 +82,10 @@ def test_what_is_pushed_is_popped_and_the_beginning_comes_back():
     random = np.random.default_rng(0)
     words = random.integers(0, 2**32, 3000, dtype=np.uint32)
     stack, mean = Stack(words), 100 * random.normal(size=2000)
-    drawn = stack.pop_gaussian(mean, 11.3, 80, escapes=False)
+    drawn = stack.pop_gaussian(mean, 11.3, 6.5, escapes=False)
     assert abs((drawn - mean).std() - 11.3) < 0.6 and abs((drawn - mean).mean()) < 0.9
     far = np.rint(mean).astype(np.int64) + random.integers(-500, 500, 2000)
-    stack.push_gaussian(far, mean, 11.3, 80)
+    stack.push_gaussian(far, mean, 11.3, 6.5)
     levels, first = random.integers(0, 256, 2000), random.integers(0, 250, 2000)
     probabilities = np.full((2000, 9), 0.125)
     probabilities[:, 8] = 1e-6
@@ -86,11 +94,11 @@ def test_what_is_pushed_is_popped_and_the_beginning_comes_back():
     again = Stack(stack.words(), continued=True)
     assert np.array_equal(again.pop_levels(first, probabilities, 256), levels)
     again.whiten(500)
-    assert np.array_equal(again.pop_gaussian(mean, 11.3, 80), far)
-    again.push_gaussian(drawn, mean, 11.3, 80, escapes=False)
+    assert np.array_equal(again.pop_gaussian(mean, 11.3, 6.5), far)
+    again.push_gaussian(drawn, mean, 11.3, 6.5, escapes=False)
     assert np.array_equal(again.first_words(), words)
     with pytest.raises(CodingError, match="outside its window"):
-        again.push_gaussian(far, mean, 11.3, 80, escapes=False)
+        again.push_gaussian(far, mean, 11.3, 6.5, escapes=False)
     with pytest.raises(CodingError, match="too far out"):
         again.push_gaussian(np.array([1 << 40]), np.zeros(1), 1.0, 20)
 
@@ -135,6 +143,44 @@ def test_every_reverse_variance(variance_type, schedule):
     assert torch.equal(decompress(pipe, data, progress_bar=False), random_images)
 
 
+def autoencoder(kind, likelihood="discretized_logistic", num_levels=17):
+    torch.manual_seed(0)
+    options = {"likelihood": likelihood, "num_levels": num_levels, "norm_num_groups": 4}
+    if kind == "VAE":
+        return VariationalAutoencoder(8, 1, 2, (8, 8), **options)
+    if kind == "hierarchy":
+        return HierarchicalVAE(8, 1, 3, 2, (8, 8), **options)
+    restricted = {"num_layers": 4, "encoder_log_snrs": [9.0, 4.0, 0.0, -5.0], "block_out_channels": (8,)}
+    return HierarchicalVAE(8, 1, num_levels=num_levels, norm_num_groups=4, **restricted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "likelihood", "num_levels"),
+    [
+        ("VAE", "discretized_logistic", 17),
+        ("VAE", "discretized_gaussian", 17),
+        ("VAE", "bernoulli", 2),
+        ("hierarchy", "discretized_logistic", 17),
+        ("restricted hierarchy", "", 17),
+    ],
+)
+def test_autoencoders_and_hierarchies(kind, likelihood, num_levels):
+    """Through the same coder; the size is near the bound of the same draws' kind."""
+    model = autoencoder(kind, likelihood or "discretized_logistic", num_levels).eval()
+    images = digits(40).clamp(max=num_levels - 1)
+    data, report = compress_with_report(model, images, progress_bar=False)
+    assert torch.equal(decompress(model, data, progress_bar=False), images)
+    with torch.no_grad():
+        draws = [model.bound(images, generator=torch.Generator().manual_seed(seed)).nats for seed in range(20)]
+    bound = float(torch.stack(draws).double().mean()) / (64 * math.log(2))
+    if kind != "restricted hierarchy":
+        assert report.net_bits == pytest.approx(bound, rel=0.05)
+    else:  # untrained, with a variance that makes its own latents impossible: escapes are cheaper
+        assert report.net_bits < bound
+    with pytest.raises(ValueError, match="means nothing to a"):
+        compress(model, images, num_steps=5)
+
+
 def test_a_stock_pipeline():
     torch.manual_seed(0)
     unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
@@ -163,17 +209,19 @@ def test_bits_to_begin_with_may_carry_a_message(pipe):
 # --- the size is the bound --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("steps", "grid"), [(10, "time"), (50, "time"), (20, "optimal")])
+@pytest.mark.parametrize(
+    ("steps", "grid"), [(10, "time"), (20, "optimal"), pytest.param(50, "time", marks=pytest.mark.slow)]
+)
 def test_the_size_is_the_bound(steps, grid, optimal):
     """Of the same chain on the same images. A file draws one path, whose scatter is the tolerance; see docs/compression.md for more."""
-    images = digits()
+    images = digits(150)
     data, report = compress_with_report(optimal, images, num_steps=steps, grid=grid, progress_bar=False)
     assert torch.equal(decompress(optimal, data, progress_bar=False), images)
     bound = evaluate_likelihood(
-        optimal, images, method="discrete", num_steps=steps, grid=grid, num_samples=4 * steps, progress_bar=False,
+        optimal, images, method="discrete", num_steps=steps, grid=grid, num_samples=2 * steps, progress_bar=False,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
-    assert report.net_bits == pytest.approx(bound.bits_per_dim, rel=0.015)
+    assert report.net_bits == pytest.approx(bound.bits_per_dim, rel=0.02)
     assert report.file_bytes == len(data) and report.num_steps == steps
     expected = 8 * len(data) / images.numel()
     assert report.total_bits == pytest.approx(expected) and report.total_bits > report.net_bits

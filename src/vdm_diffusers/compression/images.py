@@ -25,7 +25,7 @@ from vdm_diffusers.likelihood import DenoisingModel, DiscreteTerm
 from vdm_diffusers.models.calling import device_and_dtype
 from vdm_diffusers.models.labels import num_classes
 
-from .chain import Chain
+from .chain import Chain, Coder, HierarchyCoder
 from .file_format import FileError, Header, pack, unpack
 from .stack import CodingError, Stack, constriction
 
@@ -128,30 +128,40 @@ def compress_with_report(
     """[`compress`], and what it cost."""
     constriction()
     begun = time.perf_counter()
-    network, stock, num_levels, pixel_encoding = unpack_model(model, scheduler, num_levels, pixel_encoding)
-    adopted = adopt(stock)
-    levels, labels = load_images(images, class_labels, num_levels)
-    check_size(network, levels)
-    if class_labels is None and num_classes(network) is None:
-        labels = None
-    labels = load_labels(network, labels, len(levels))
-    kind = variance_type or adopted.config.get("variance_type") or "fixed_small"
-    own_grid = (
-        grid.tolist()
-        if isinstance(grid, Tensor)
-        else list(grid)
-        if grid is not None and not isinstance(grid, str)
-        else grid
-    )
-    chain = _chain(network, adopted, num_levels, pixel_encoding, num_steps, own_grid, kind, labels, len(levels))
-    chain.model.check(levels)
+    own_grid = grid.tolist() if isinstance(grid, Tensor) else grid
+    if own_grid is not None and not isinstance(own_grid, str):
+        own_grid = [float(value) for value in own_grid]
+    wanted: dict[str, Any] = {"num_levels": num_levels, "pixel_encoding": pixel_encoding, "num_steps": num_steps}
+    wanted |= {"grid": own_grid, "variance_type": variance_type}
+    if _is_autoencoder(model):
+        odd = [name for name, value in {**wanted, "scheduler": scheduler}.items() if value not in (None, "auto")]
+        if odd or class_labels is not None:
+            raise ValueError(
+                f"`{(odd or ['class_labels'])[0]}` means nothing to a {type(model).__name__}: leave it out."
+            )
+        levels, labels = load_images(images, None, model.config.num_levels)
+        prepared = _prepare_autoencoder(model)
+    else:
+        network, stock, count_levels, encoding = unpack_model(model, scheduler, num_levels, pixel_encoding)
+        levels, labels = load_images(images, class_labels, count_levels)
+        check_size(network, levels)
+        if class_labels is None and num_classes(network) is None:
+            labels = None
+        labels = load_labels(network, labels, len(levels))
+        prepared = _prepare_diffusion(
+            network, adopt(stock), count_levels, encoding, num_steps, own_grid, variance_type, labels, len(levels)
+        )
+        prepared.coder.model.check(levels)
+    chain = prepared.coder
+    if not 0 <= int(levels.min()) <= int(levels.max()) < prepared.num_levels:
+        raise ValueError(f"`images` must hold levels in 0..{prepared.num_levels - 1}.")
     array = levels.long().numpy()
     shape = cast("tuple[int, int, int]", tuple(array.shape[1:]))
     num_dims = math.prod(shape)
 
     most = batch_size or max(1, min(_LARGEST_BATCH, (1 << 18) // num_dims))
     per_image = _ROOM * chain.bits_to_begin() * num_dims + 256
-    with eval_mode(network), torch.no_grad():
+    with eval_mode(prepared.network), torch.no_grad():
         for attempt in range(4):  # should the bits run out after all, begin with more
             words, seed = _first_words(initial, math.ceil(per_image * 1.5**attempt / 32) + 2, array)
             stack = Stack(words)
@@ -181,15 +191,15 @@ def compress_with_report(
         probe = _probe(chain, shape)
     header = Header(
         shape=shape,
-        num_levels=cast(int, num_levels),
-        pixel_encoding=pixel_encoding,
-        model=_model_digest(network, adopted),
+        num_levels=prepared.num_levels,
+        pixel_encoding=prepared.pixel_encoding,
+        model=prepared.digest(),
         chain=chain.fingerprint(),
         probe=probe,
         images=_images_digest(array),
         num_steps=chain.num_steps,
-        grid=[float(v) for v in chain.term.grid],
-        variance_type=kind,
+        grid=prepared.grid,
+        variance_type=prepared.variance_type,
         batches=tuple(batches),
         threads=torch.get_num_threads(),
         seed_words=len(words),
@@ -232,18 +242,25 @@ def decompress_with_initial(
     """[`decompress`], and the bytes that were given to [`compress`] as `initial`, or None."""
     constriction()
     header, words = unpack(data)
-    network, stock, num_levels, encoding = unpack_model(model, scheduler, header.num_levels, header.pixel_encoding)
-    adopted = adopt(stock)
-    if header.model != _model_digest(network, adopted):
-        raise FileError("the file was made with another model: its weights or its configuration are not these.")
     labels = None if header.labels is None else torch.tensor(header.labels)
     count = sum(header.batches)
-    chain = _chain(network, adopted, num_levels, encoding, None, header.grid, header.variance_type, labels, count)
+    if _is_autoencoder(model):
+        prepared = _prepare_autoencoder(model)
+    else:
+        network, stock, num_levels, encoding = unpack_model(
+            model, scheduler, header.num_levels, cast(Any, header.pixel_encoding)
+        )
+        prepared = _prepare_diffusion(
+            network, adopt(stock), num_levels, encoding, None, header.grid, header.variance_type, labels, count
+        )
+    if header.model != prepared.digest():
+        raise FileError("the file was made with another model: its weights or its configuration are not these.")
+    chain = prepared.coder
     if chain.fingerprint() != header.chain:
         raise FileError(
             "the file was made with another chain than this package makes of its header: use the package that wrote it."
         )
-    with eval_mode(network), torch.no_grad(), _threads(header.threads):
+    with eval_mode(prepared.network), torch.no_grad(), _threads(header.threads):
         if _probe(chain, header.shape) != header.probe:
             raise FileError(
                 "the network gives other numbers here than where the file was made (another kind of processor, device, dtype or version "
@@ -278,26 +295,63 @@ def decompress_with_initial(
 # --- pieces ------------------------------------------------------------------------------------------------------------
 
 
-def _chain(
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """A model as a coder, and what of it stands in the header."""
+
+    coder: Any
+    network: Any
+    configs: tuple[Any, ...]
+    num_levels: int
+    pixel_encoding: str
+    grid: Any
+    variance_type: str
+
+    def digest(self) -> str:
+        """Of weights and configs."""
+        digest = hashlib.blake2b(digest_size=8)
+        if isinstance(self.network, nn.Module):
+            for name, value in sorted(self.network.state_dict().items()):
+                digest.update(f"{name} {value.dtype}".encode())
+                if value.numel():
+                    digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for config in self.configs:
+            kept = {key: value for key, value in dict(config).items() if not str(key).startswith("_")}
+            digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+
+def _is_autoencoder(model: Any) -> bool:
+    # by name: a class from a checkpoint's own code is another one
+    return type(model).__name__ in ("VariationalAutoencoder", "HierarchicalVAE")
+
+
+def _prepare_autoencoder(model: Any) -> _Prepared:
+    config = model.config
+    coder = HierarchyCoder(model)
+    return _Prepared(coder, model, (config,), config.num_levels, config.pixel_encoding, None, "")
+
+
+def _prepare_diffusion(
     network: Any,
     scheduler: Any,
     num_levels: int | None,
     pixel_encoding: Any,
     num_steps: int | None,
     grid: Any,
-    variance_type: str,
+    variance_type: str | None,
     labels: Tensor | None,
     num_images: int,
-) -> Chain:
+) -> _Prepared:
+    variance = variance_type or scheduler.config.get("variance_type") or "fixed_small"
     device, _ = device_and_dtype(network)
-    kind = reverse_variance_of(variance_type, True, num_steps, scheduler)
+    kind = reverse_variance_of(variance, True, num_steps, scheduler)
     log_snrs = (
         torch.tensor(grid, dtype=torch.float64)
         if grid is not None and not isinstance(grid, str)
         else chain_log_snrs(scheduler, num_steps, cast(Any, grid), kind)
     )
     optimal = optimal_of(scheduler) if kind == "optimal" else None
-    term = DiscreteTerm(log_snrs, kind, optimal)
     learned = cast(Any, kind) if kind in ("learned", "learned_range") else None
     denoiser = DenoisingModel(
         predict=_OnHost(Predictor(network, scheduler, device, labels, {}, num_images), device),
@@ -306,7 +360,9 @@ def _chain(
         pixel_encoding=pixel_encoding,
         learned_variance=learned,
     )
-    return Chain(denoiser, term, decoder_of(scheduler, kind, num_levels))
+    coder = Chain(denoiser, DiscreteTerm(log_snrs, kind, optimal), decoder_of(scheduler, kind, num_levels))
+    configs = (getattr(network, "config", {}), scheduler.config)
+    return _Prepared(coder, network, configs, cast(int, num_levels), pixel_encoding, log_snrs.tolist(), variance)
 
 
 class _OnHost:
@@ -339,35 +395,22 @@ def _first_words(
     return words, None
 
 
-def _model_digest(network: Any, scheduler: Any) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    if isinstance(network, nn.Module):
-        for name, value in sorted(network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(str(value.dtype).encode())
-            digest.update(
-                value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b""
-            )
-    for config in (getattr(network, "config", {}), scheduler.config):
-        kept = {key: value for key, value in dict(config).items() if not str(key).startswith("_")}
-        digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
-
-
 def _images_digest(images: NDArray[np.int64]) -> str:
     return hashlib.blake2b(np.ascontiguousarray(images, dtype="<i8").tobytes(), digest_size=8).hexdigest()
 
 
-def _probe(chain: Chain, shape: tuple[int, int, int]) -> str:
-    """A digest of what the network answers to fixed latents at three of the chain's log SNRs, as the coder rounds it."""
-    digest = hashlib.blake2b(digest_size=8)
+def _probe(coder: Coder, shape: tuple[int, int, int]) -> str:
+    """A digest of what the network answers to fixed latents at three places of the chain, as the coder rounds it."""
+    digest, one, index = hashlib.blake2b(digest_size=8), (1, *shape), torch.zeros(1, dtype=torch.long)
     random = np.random.Generator(np.random.PCG64(0))
-    for k in sorted({1, (chain.num_steps + 1) // 2, chain.num_steps}):
-        latents = random.integers(-1000, 1000, math.prod(shape)) * 1e-3
-        bins = np.rint(latents / chain.widths[k]).astype(np.int64)
-        mean, deviation = chain._reverse(k, bins, (1, *shape), torch.zeros(1, dtype=torch.long))
-        digest.update(mean.tobytes())
-        digest.update(np.asarray(deviation).tobytes())
+    for k in sorted({0, 1, (coder.num_steps + 1) // 2, coder.num_steps}):
+        latents = random.integers(-1000, 1000, coder.num_latents(one)) * 1e-3
+        if k > coder.num_steps:
+            continue
+        bins = np.rint(latents / coder.widths[k]).astype(np.int64)
+        answer = coder.reverse(k, bins, one, index) if k else coder.levels(bins, one, index)[:2]
+        for value in answer:
+            digest.update(np.asarray(value, dtype=np.float32).tobytes())
     return digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.float64]
 Bins = NDArray[np.int64]
+LEAST = 128  # bits of the stack: with fewer a pop may not be undone
 ESCAPED = 26  # bits of a bin's number that did not fit its window
 
 
@@ -91,32 +92,38 @@ class Stack:
     # --- Gaussians ----------------------------------------------------------------------------------------------------
 
     def push_gaussian(
-        self, bins: Bins, mean: Values, deviation: Values | float, window: int, *, escapes: bool = True
+        self, bins: Bins, mean: Values, deviation: Values | float, reach: float, *, escapes: bool = True
     ) -> None:
-        """Push (n,) bins, given means and deviations in units of a bin, from windows of +-`window` bins around the means.
+        """Push (n,) bins, given means and deviations in units of a bin, from windows that reach so many deviations to either side.
 
         With escapes=False every value must lie in its window, as one does that was popped from there.
         """
         center, fraction, deviation = _around(mean, deviation)
         offset = bins - center
-        outside = np.abs(offset) >= window + (not escapes)
-        if outside.any():
-            if not escapes:
-                raise CodingError("a value lies outside its window: these bits were not made with this model.")
-            self._push_escaped(bins[outside])
-        clipped = np.clip(offset, -window, window).astype(np.int32)
-        self._coder.encode_reverse(clipped, self._models.QuantizedGaussian(-window, window), fraction, deviation)
+        for part, window in reversed(_windows(deviation, reach)):
+            mine = offset[part]
+            outside = np.abs(mine) >= window + (not escapes)
+            if outside.any():
+                if not escapes:
+                    raise CodingError("a value lies outside its window: these bits were not made with this model.")
+                self._push_escaped(bins[part][outside])
+            clipped = np.clip(mine, -window, window).astype(np.int32)
+            model = self._models.QuantizedGaussian(-window, window)
+            self._coder.encode_reverse(clipped, model, fraction[part], deviation[part])
 
-    def pop_gaussian(self, mean: Values, deviation: Values | float, window: int, *, escapes: bool = True) -> Bins:
-        """Pop (n,) bins: the inverse of `push_gaussian`. With escapes=False the window is all there is to draw from."""
+    def pop_gaussian(self, mean: Values, deviation: Values | float, reach: float, *, escapes: bool = True) -> Bins:
+        """Pop (n,) bins: the inverse of `push_gaussian`. With escapes=False the windows are all there is to draw from."""
         center, fraction, deviation = _around(mean, deviation)
-        model = self._models.QuantizedGaussian(-window, window)
-        offset = np.asarray(self._coder.decode(model, fraction, deviation), dtype=np.int64)
-        self._note()
-        bins = center + offset
-        outside = np.abs(offset) >= window + (not escapes)
-        if outside.any():
-            bins[outside] = self._pop_escaped(int(outside.sum()))
+        bins = np.empty_like(center)
+        for part, window in _windows(deviation, reach):
+            model = self._models.QuantizedGaussian(-window, window)
+            offset = np.asarray(self._coder.decode(model, fraction[part], deviation[part]), dtype=np.int64)
+            self._note()
+            drawn = center[part] + offset
+            outside = np.abs(offset) >= window + (not escapes)
+            if outside.any():
+                drawn[outside] = self._pop_escaped(int(outside.sum()))
+            bins[part] = drawn
         return bins
 
     def _push_escaped(self, bins: Bins) -> None:
@@ -163,6 +170,15 @@ class Stack:
 
     def _note(self) -> None:
         self.lowest = min(self.lowest, self.num_bits)
+        if self.lowest < LEAST:
+            raise CodingError("the stack holds too few bits to draw latents with.")
+
+
+def _windows(deviation: Values, reach: float) -> list[tuple[NDArray[np.intp], int]]:
+    """Which of (n,) values have windows of one size, and half that size: deviations within a factor of two share one."""
+    octave = np.ceil(np.log2(deviation))
+    groups = [(np.flatnonzero(octave == value), float(value)) for value in np.unique(octave)]
+    return [(part, int(np.ceil(reach * 2.0**value)) + 2) for part, value in groups]
 
 
 def _around(mean: Values, deviation: Values | float) -> tuple[Bins, Values, Values]:
