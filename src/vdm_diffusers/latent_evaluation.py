@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .elbo import Bound
 from .likelihood import LikelihoodReport
+from .numerics import whole_number
 from .repetitions import Budget, Runner, mix_seed, repeat, run_all
 
 
@@ -57,6 +58,11 @@ def evaluate_latent_likelihood(
     """
     if len(levels) == 0:
         raise ValueError("`levels` holds no image.")
+    if levels.is_floating_point() or levels.dtype == torch.bool:
+        raise ValueError(f"`levels` must be integers, got {levels.dtype}: likelihoods are of integers, not of floats.")
+    for name, value in (("importance_samples", importance_samples), ("batch_size", batch_size)):
+        if whole_number(name, value) < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
     if num_repeats < 2:
         raise ValueError(f"`num_repeats` must be at least 2 for an error bar, got {num_repeats}.")
     num_dims = levels[0].numel()

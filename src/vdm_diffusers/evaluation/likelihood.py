@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -154,6 +155,8 @@ def evaluate_likelihood(
     ):
         if text not in allowed:
             raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {text!r}.")
+    if not 0 < tolerance < math.inf:
+        raise ValueError(f"`tolerance` must be a positive number, got {tolerance}.")
     network, scheduler, num_levels, pixel_encoding = unpack(model, scheduler, num_levels, pixel_encoding)
     chain = adopt(scheduler)
     if method is None:

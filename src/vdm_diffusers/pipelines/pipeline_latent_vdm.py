@@ -18,7 +18,7 @@ from vdm_diffusers.elbo_forms import Normal
 from vdm_diffusers.gaussian import alpha_sigma, diffuse
 from vdm_diffusers.models.calling import call_network
 from vdm_diffusers.numerics import at_least_float32, expand_to, noise_like
-from vdm_diffusers.pipelines.pipeline_vdm import FORMAT_VERSION, VDMPipeline, levels_to_images
+from vdm_diffusers.pipelines.pipeline_vdm import FORMAT_VERSION, OUTPUT_TYPES, VDMPipeline, levels_to_images
 from vdm_diffusers.prediction import convert
 from vdm_diffusers.time_sampling import low_discrepancy
 
@@ -259,6 +259,8 @@ class LatentVDMPipeline(DiffusionPipeline):
         Raises:
             ValueError: as in [`VDMPipeline`].
         """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
         inner = VDMPipeline(self.unet, self.scheduler)
         inner.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
         (z_0,) = inner(

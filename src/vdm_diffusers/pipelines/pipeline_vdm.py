@@ -32,8 +32,8 @@ from vdm_diffusers.hub import (
     write_travelling_code,
 )
 from vdm_diffusers.models.calling import call_network
-from vdm_diffusers.models.labels import default_label, null_label
-from vdm_diffusers.numerics import as_generator, expand_to
+from vdm_diffusers.models.labels import default_label, null_label, num_classes
+from vdm_diffusers.numerics import as_generator, expand_to, whole_number
 from vdm_diffusers.pipelines.conditioning import Images, KnownRegion, guide, image_tensor, image_values, mask_tensor
 from vdm_diffusers.safety import cache_if_unreachable, check_checkpoint, check_location, check_repository
 
@@ -586,13 +586,15 @@ class VDMPipeline(DiffusionPipeline):
         labels = None if class_labels is None else torch.as_tensor(class_labels)
         if labels is not None and (labels.ndim > 1 or labels.is_floating_point() or labels.dtype == torch.bool):
             raise ValueError(f"`class_labels` must be whole numbers, one or a list of them, got {class_labels!r}.")
+        if labels is not None and num_classes(self.unet) is None and hasattr(self.unet, "config"):
+            raise ValueError("`class_labels` mean nothing to this model: its network has no classes. Leave them out.")
         counts = {
             "latents": None if latents is None else len(latents),
             "class_labels": len(labels) if labels is not None and labels.ndim else None,
         }
         if batch_size is None:
             batch_size = next((count for count in counts.values() if count is not None), 1)
-        if batch_size < 1:
+        if whole_number("batch_size", batch_size) < 1:
             raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         counts["generator"] = len(generator) if isinstance(generator, list) else None
         for name, count in counts.items():
