@@ -587,3 +587,28 @@ def test_a_flow_is_trained_evaluated_and_sampled_by_the_stock_scheduler(run, tmp
                 ["--output_dir", str(tmp_path / "x"), *[f"--{k}={v}" for k, v in {**options, **refused}.items()]]
             )
         assert stopped.value.code == 2
+
+
+WITHOUT_PACKAGE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "vdm_diffusers":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline="vdm_diffusers", trust_remote_code=True)
+print(len(pipe(batch_size=2, num_inference_steps=3).images), "images")
+"""
+
+
+def test_a_run_starts_from_given_weights_and_its_folder_loads_without_the_package(run, tmp_path):
+    assert run(tmp_path / "first", max_train_steps=3, checkpointing_steps=3) == 0
+    given = {"pretrained_model_name_or_path": tmp_path / "first", "learning_rate": "1e-30", "use_ema": "false"}
+    assert run(tmp_path / "second", **given, max_train_steps=1, checkpointing_steps=1) == 0
+    first, second = (VDMPipeline.from_pretrained(tmp_path / name).unet for name in ("first", "second"))
+    torch.testing.assert_close(second.state_dict(), first.state_dict(), rtol=0, atol=1e-6)
+    assert run(tmp_path / "none", pretrained_model_name_or_path=tmp_path / "missing") == 2
+    command = [sys.executable, "-W", "ignore", "-c", WITHOUT_PACKAGE, str(tmp_path / "first")]
+    shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert "2 images" in shown.stdout, shown.stderr[-2000:]

@@ -31,6 +31,8 @@ def make_network(args: Arguments, images: ImageSet) -> ModelMixin:
     channels, height, width = images.images.shape[1:]
     if model.class_conditional and images.labels is None:
         raise DataError("--class_conditional needs class labels: name their column with --label_column.")
+    if model.pretrained_model_name_or_path is not None:
+        return _from_config(model.pretrained_model_name_or_path, args, images, weights=True)
     if model.model_config_name_or_path is not None:
         return _from_config(model.model_config_name_or_path, args, images)
     return VDMUNet2DModel(
@@ -78,19 +80,31 @@ def _out_channels(args: Arguments, channels: int) -> int:
     return channels if args.diffusion.variance_type == "fixed_small" else 2 * channels
 
 
-def _from_config(source: str, args: Arguments, images: ImageSet) -> ModelMixin:
+def _from_config(source: str, args: Arguments, images: ImageSet, *, weights: bool = False) -> ModelMixin:
+    """The network of a config, made afresh or with its weights."""
     path = Path(source)
-    if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-    else:
-        subfolder = "unet" if (path / "unet" / "config.json").is_file() else None
-        config = UNet2DModel.load_config(source, subfolder=subfolder)
+    asked = f"--{'pretrained_model' if weights else 'model_config'}_name_or_path {source}"
+    subfolder = None
+    try:
+        if path.is_file():
+            config = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            subfolder = "unet" if (path / "unet" / "config.json").is_file() else None
+            config = UNet2DModel.load_config(source, subfolder=subfolder)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{asked} cannot be read: {str(error).splitlines()[0]}") from error
     name = config.get("_class_name", "UNet2DModel")
     if name not in _CLASSES:
-        raise DataError(
-            f"--model_config_name_or_path {source} is of a {name}; this script trains {' or '.join(_CLASSES)}."
-        )
-    network = _CLASSES[name].from_config(config)
+        raise DataError(f"{asked} is of a {name}; this script trains {' or '.join(_CLASSES)}.")
+    if weights:
+        if path.is_file():
+            raise DataError(f"{asked} is a file: the folder that holds config and weights is wanted.")
+        try:
+            network = _CLASSES[name].from_pretrained(source, subfolder=subfolder, use_safetensors=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(f"{asked} cannot be loaded: {str(error).splitlines()[0]}") from error
+    else:
+        network = _CLASSES[name].from_config(config)
     channels, height, width = images.images.shape[1:]
     size = network.config.sample_size
     size = (size, size) if isinstance(size, int) else tuple(size or (height, width))
@@ -124,5 +138,5 @@ def _from_config(source: str, args: Arguments, images: ImageSet) -> ModelMixin:
     ]
     found = [text for wrong, text in problems if wrong]
     if found:
-        raise DataError(f"the network of --model_config_name_or_path {source} {'; and '.join(found)}.")
+        raise DataError(f"the network of {asked} {'; and '.join(found)}.")
     return network

@@ -31,6 +31,7 @@ import errno
 import json
 import math
 import os
+import resource
 import shlex
 import shutil
 import time
@@ -237,6 +238,31 @@ def hub_repository(args: Arguments, output_dir: Path) -> str | None:
         raise SetupError(
             f"--push_to_hub: {one_line(error)} (Without it the run can be published later, see docs/hub.md.)"
         ) from error
+
+
+def slow_bf16(accelerator: Accelerator) -> str | None:
+    """A warning where bf16 is computed by a CPU that has no units for it."""
+    flags = Path("/proc/cpuinfo")
+    if accelerator.mixed_precision != "bf16" or accelerator.device.type != "cpu" or not flags.is_file():
+        return None
+    if {"amx_bf16", "avx512_bf16"} & set(flags.read_text(encoding="utf-8").split()):
+        return None
+    return "warning: this CPU has no units for bf16, which takes some ten times as long as float32 here: --mixed_precision no"
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB that the run has taken at most: of the GPU's memory, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def duration(seconds: float) -> str:
+    """In words."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def warmup_steps(asked: int | None, num_steps: int) -> int:
@@ -514,6 +540,9 @@ class Training:
         if highest >= self.num_levels:
             raise DataError(f"--num_levels {self.num_levels}: the images hold level {highest}.")
 
+        if optimization.allow_tf32 and device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        self.warnings += [slow_bf16(accelerator)]
         self.warnings += [*self.train_images.warnings, *self.eval_images.warnings]
         self.figure = figure_name(args.data, evaluation_split(args.data), conditional=args.model.class_conditional)
         if self.stream is None and accelerator.is_main_process:
@@ -544,6 +573,7 @@ class Training:
         self.step = self.images_seen = self.logged_step = 0
         self.skipped = self.skipped_in_a_row = 0  # optimiser steps whose gradient was not finite
         self.training_seconds = 0.0  # since the last entry of the log
+        self.first_rate: float | None = None  # images a second, as the first entry had it
         self.started = time.perf_counter()  # moved back by what earlier parts of the run took
         if resume_from is not None:
             self._load_weights(resume_from)
@@ -862,6 +892,15 @@ class Training:
             "images_per_second": (self.step - self.logged_step) * self.global_batch / self.training_seconds,
             "epoch": self.epoch,
         }
+        values["memory_gib"] = peak_memory(self.accelerator.device)
+        if self.first_rate is None:
+            self.first_rate = values["images_per_second"]
+            left = (self.num_steps - self.step) * self.global_batch / self.first_rate
+            if self.accelerator.is_main_process:
+                tqdm.write(
+                    f"{self.first_rate:.1f} images a second: about {duration(left)} for the steps that are left, evaluations not "
+                    f"counted; {values['memory_gib']:.1f} GiB so far"
+                )
         self.log.write(self.step, values)
         self.logged_step, self.training_seconds = self.step, 0.0
         return values

@@ -137,6 +137,11 @@ class ModelArguments:
         "VDMUNet2DModel, made afresh from it. None: a VDMUNet2DModel with the sizes below.",
         path=True,
     )
+    pretrained_model_name_or_path: str | None = argument(
+        None,
+        "Folder or Hub repository of such a network, or of a pipeline with one: training starts from its weights (safetensors).",
+        path=True,
+    )
     hidden_channels: int = argument(128, "Width of the VDM U-Net.", bounds=Bounds(1, 65536))
     layers_per_block: int = argument(
         32, "Residual blocks of its first half; one more stands in the second.", bounds=Bounds(1, 1024)
@@ -324,6 +329,9 @@ class OptimizationArguments:
     ema_max_decay: float = argument(0.9999, "Highest decay of the average.", bounds=SHARE)
     mixed_precision: Literal["no", "fp16", "bf16"] = argument(
         "no", "Precision of the network's arithmetic. Noise, loss and optimiser stay in float32.", basic=True
+    )
+    allow_tf32: bool = argument(
+        False, "Multiply float32 matrices with TF32 on a GPU: faster, with 10 bits of mantissa."
     )
     compile: bool = argument(False, "Compile the network with torch.compile.")
     gradient_checkpointing: bool = argument(

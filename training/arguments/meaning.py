@@ -62,14 +62,22 @@ RULES = (
     Rule(DIFFUSION, "--model vdm or latent_vdm", lambda a: a.model.model in ("vdm", "latent_vdm")),
     Rule(SIZES_OF_THE_U_NET, "--model vdm or latent_vdm", lambda a: a.model.model in ("vdm", "latent_vdm")),
     Rule(
-        ("fourier_exponents", "class_conditional", "class_dropout", "model_config_name_or_path"),
+        (
+            *("fourier_exponents", "class_conditional", "class_dropout"),
+            *("model_config_name_or_path", "pretrained_model_name_or_path"),
+        ),
         "--model vdm",
         lambda a: a.model.model == "vdm",
     ),
     Rule(
         (*SIZES_OF_THE_U_NET, "fourier_exponents", "norm_num_groups", "dropout"),
-        "no --model_config_name_or_path, which says it",
-        lambda a: a.model.model_config_name_or_path is None,
+        "neither --model_config_name_or_path nor --pretrained_model_name_or_path, which say it",
+        lambda a: a.model.model_config_name_or_path is None and a.model.pretrained_model_name_or_path is None,
+    ),
+    Rule(
+        ("model_config_name_or_path",),
+        "no --pretrained_model_name_or_path, which says it",
+        lambda a: a.model.pretrained_model_name_or_path is None,
     ),
     Rule(("attention_head_dim",), "--add_attention", lambda a: a.model.add_attention),
     Rule(("vae",), "--model vae or latent_vdm", lambda a: a.model.model in ("vae", "latent_vdm")),
