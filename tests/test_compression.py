@@ -269,9 +269,14 @@ FORGED = {
     "another batch layout": lambda h, b: h.update(batches=[sum(h["batches"])]),
     "fewer images": lambda h, b: h.update(batches=h["batches"][:-1]),
     "another shape": lambda h, b: h.update(shape=[1, 4, 16]),
-    "another chain": lambda h, b: h["grid"].__setitem__(1, h["grid"][1] - 0.5),
+    "another chain": lambda h, b: h.update(num_steps=5),
+    "another grid": lambda h, b: h.update(grid="log_snr"),
     "another variance": lambda h, b: h.update(variance_type="fixed_large"),
     "another number of levels": lambda h, b: h.update(num_levels=16),
+    "endless steps": lambda h, b: h.update(num_steps=10**9),
+    "a shape beyond all memory": lambda h, b: h.update(shape=[1, 10**6, 10**6]),
+    "a batch of -1": lambda h, b: h.update(batches=[-1]),
+    "text for a number": lambda h, b: h.update(threads="many"),
     "a missing entry": lambda h, b: h.pop("probe"),
 }
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 import zlib
 from dataclasses import asdict, dataclass, fields
@@ -40,7 +41,7 @@ class Header:
         shape: (C, H, W) of an image. num_levels, pixel_encoding: what its integers are.
         model: digest of weights and configs. chain: digest of the chain's numbers. probe: digest of what the network answers here.
         images: digest of all images.
-        num_steps, grid, variance_type: which chain; grid: a name, or the log SNRs.
+        num_steps, grid, variance_type: which chain, as asked for; grid: a name, log SNRs, or None.
         batches: how many images were coded together, in order.
         threads: of torch, while the network ran.
         seed_words: 32-bit words that the stack began with; seed: of their generator; None: they were given, and come back.
@@ -54,7 +55,7 @@ class Header:
     chain: str
     probe: str
     images: str
-    num_steps: int
+    num_steps: int | None
     grid: Any
     variance_type: str
     batches: tuple[int, ...]
@@ -105,7 +106,28 @@ def unpack(data: bytes) -> tuple[Header, NDArray[np.uint32]]:
         raise FileError(
             "the file's header cannot be read, though its checksum is right: it was not made by this package."
         ) from error
+    if not _is_possible(header):
+        raise FileError("the file's header says what cannot be: it was not made by this package.")
     return header, np.frombuffer(bits, dtype="<u4").astype(np.uint32)
+
+
+def _is_possible(header: Header) -> bool:
+    """Whether numbers are whole and of a size that nothing is made of in vain: a forged header must not fill the memory."""
+
+    def whole(value: Any, most: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+    sizes = header.shape if isinstance(header.shape, tuple) and len(header.shape) == 3 else (0,)
+    batches = header.batches if isinstance(header.batches, tuple) else (0,)
+    return (
+        all(whole(value, 1 << 16) for value in sizes)
+        and math.prod(sizes) <= 1 << 26
+        and all(whole(value, 1 << 16) for value in batches)
+        and whole(header.threads, 1 << 10)
+        and whole(header.num_levels, 1 << 24)
+        and whole(header.seed_words, 1 << 28)
+        and (header.num_steps is None or whole(header.num_steps, 1 << 17))
+    )
 
 
 def _tuples(value: Any) -> Any:

@@ -197,7 +197,7 @@ def compress_with_report(
         chain=chain.fingerprint(),
         probe=probe,
         images=_images_digest(array),
-        num_steps=chain.num_steps,
+        num_steps=prepared.num_steps,
         grid=prepared.grid,
         variance_type=prepared.variance_type,
         batches=tuple(batches),
@@ -251,7 +251,15 @@ def decompress_with_initial(
             model, scheduler, header.num_levels, cast(Any, header.pixel_encoding)
         )
         prepared = _prepare_diffusion(
-            network, adopt(stock), num_levels, encoding, None, header.grid, header.variance_type, labels, count
+            network,
+            adopt(stock),
+            num_levels,
+            encoding,
+            header.num_steps,
+            header.grid,
+            header.variance_type,
+            labels,
+            count,
         )
     if header.model != prepared.digest():
         raise FileError("the file was made with another model: its weights or its configuration are not these.")
@@ -304,6 +312,7 @@ class _Prepared:
     configs: tuple[Any, ...]
     num_levels: int
     pixel_encoding: str
+    num_steps: int | None
     grid: Any
     variance_type: str
 
@@ -329,7 +338,7 @@ def _is_autoencoder(model: Any) -> bool:
 def _prepare_autoencoder(model: Any) -> _Prepared:
     config = model.config
     coder = HierarchyCoder(model)
-    return _Prepared(coder, model, (config,), config.num_levels, config.pixel_encoding, None, "")
+    return _Prepared(coder, model, (config,), config.num_levels, config.pixel_encoding, None, None, "")
 
 
 def _prepare_diffusion(
@@ -362,7 +371,7 @@ def _prepare_diffusion(
     )
     coder = Chain(denoiser, DiscreteTerm(log_snrs, kind, optimal), decoder_of(scheduler, kind, num_levels))
     configs = (getattr(network, "config", {}), scheduler.config)
-    return _Prepared(coder, network, configs, cast(int, num_levels), pixel_encoding, log_snrs.tolist(), variance)
+    return _Prepared(coder, network, configs, cast(int, num_levels), pixel_encoding, num_steps, grid, variance)
 
 
 class _OnHost:
