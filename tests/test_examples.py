@@ -28,6 +28,19 @@ def test_out_of_distribution_scores_tell_digits_from_others(capsys):
     assert sum("bits/dim (upper bound)" in line for line in lines) == 5
 
 
+@pytest.mark.slow
+def test_the_table_of_the_docs_is_that_of_these_weights(capsys):
+    """To the last figure but one: the sums of a network differ a little between processors."""
+    example("out_of_distribution").main([])
+    printed = {
+        line[:22].strip(): [float(v) for v in line[22:].split()] for line in capsys.readouterr().out.splitlines()[-4:]
+    }
+    page = (ROOT / "docs" / "likelihood.md").read_text(encoding="utf-8")
+    for name, values in printed.items():
+        row = re.search(rf"^\| {name} \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+        assert [float(v) for v in row.groups()] == pytest.approx(values, abs=0.003), name
+
+
 def test_bits_per_pixel_add_up_to_the_bound(tmp_path, capsys):
     from vdm_diffusers import VDMPipeline, evaluate_likelihood
 

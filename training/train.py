@@ -28,6 +28,7 @@ import contextlib
 import copy
 import dataclasses
 import errno
+import hashlib
 import json
 import math
 import os
@@ -423,9 +424,12 @@ class Log:
                     f"--logger {args.run.logger} needs its package: pip install {args.run.logger}, or --logger none."
                 )
             options = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in args.flat().items()}
-            of_tracker = {  # a resumed run goes on in Trackio's; W&B's carry the folder's name
+            # a resumed run goes on in its line: what TensorBoard has after the checkpoint goes, W&B knows the folder by its number
+            folder = hashlib.blake2b(str(output_dir.resolve()).encode(), digest_size=6).hexdigest()
+            of_tracker = {
                 "trackio": {"name": output_dir.name, "resume": "allow" if step else "never"},
-                "wandb": {"name": output_dir.name},
+                "wandb": {"name": output_dir.name, **({"id": folder, "resume": "allow"} if step else {"id": folder})},
+                "tensorboard": {"purge_step": step + 1} if step else {},
             }
             accelerator.init_trackers("vdm", config=options, init_kwargs=of_tracker)
         if accelerator.is_main_process:  # entries after the checkpoint will be written again
