@@ -589,6 +589,30 @@ def test_a_flow_is_trained_evaluated_and_sampled_by_the_stock_scheduler(run, tmp
         assert stopped.value.code == 2
 
 
+def test_the_best_is_kept_and_time_runs_out(run, tmp_path):
+    out = tmp_path / "run"
+    options = {"eval_steps": 2, "keep_best": "true", "max_train_steps": 6}
+    assert run(out, **options) == 0
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    figures = {entry["step"]: entry["eval/bits_per_dim"] for entry in entries if "eval/bits_per_dim" in entry}
+    best = json.loads((out / "best" / "evaluation.json").read_text())
+    assert len(figures) == 3 and best["bits_per_dim"] == min(figures.values()) == figures[best["step"]]
+    assert isinstance(VDMPipeline.from_pretrained(out / "best"), VDMPipeline)
+    verify(out / "best")
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "slice", max_minutes="1e-6", max_train_steps=50)
+    assert stopped.value.code == 142
+    (saved,) = list_checkpoints(tmp_path / "slice")
+    assert (
+        run(
+            tmp_path / "slice",
+            resume_from_checkpoint="latest",
+            max_train_steps=saved.step + 1 if hasattr(saved, "step") else 3,
+        )
+        == 0
+    )
+
+
 WITHOUT_PACKAGE = """
 import sys
 class Absent:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,10 +22,15 @@ class Terminated(SystemExit):
 
 
 class StopSignal:
-    """Whether a signal to stop has come, agreed among the processes. A second SIGINT interrupts at once, as ever."""
+    """Whether a signal to stop has come, agreed among the processes. A second SIGINT interrupts at once, as ever.
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    Arguments:
+        max_minutes: after so many, it is as if SIGALRM had come.
+    """
+
+    def __init__(self, accelerator: Accelerator, max_minutes: float | None = None) -> None:
         self.accelerator = accelerator
+        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.number = 0
         self._may_leave = False
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
@@ -63,6 +69,8 @@ class StopSignal:
         """True on every process or on none: one process looks at every step, several ask each other now and then."""
         if self._launcher is not None and not self.number and os.getppid() != self._launcher:
             self.number = signal.SIGTERM
+        if self._deadline is not None and not self.number and time.monotonic() > self._deadline:
+            self.number = signal.SIGALRM
         if self.accelerator.num_processes == 1:
             return bool(self.number)
         if step % STOP_INTERVAL:

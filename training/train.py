@@ -145,10 +145,11 @@ PICTURES = {
     "traversal.png": "One held-out image; in each row one latent from -3 to 3 standard deviations of the prior.",
     "interpolations.png": "In each row from one held-out image to another through the latents.",
 }
+BEST_FOLDER = "best"
 OWN_FILES = (
     *("model_index.json", "unet", "scheduler", "README.md"),
     *("config.json", "diffusion_pytorch_model.safetensors"),
-    *(ARGUMENTS_FILE, METRICS_FILE, SAMPLES_FOLDER, "vae", *PICTURES),
+    *(ARGUMENTS_FILE, METRICS_FILE, SAMPLES_FOLDER, "vae", "vdm_diffusers.py", BEST_FOLDER, *PICTURES),
 )
 NUM_BINS = 16  # of log SNR, for the loss by log SNR
 BATCHES_HELD = 64  # micro-batches whose losses are summed up at once
@@ -659,7 +660,7 @@ class Training:
             )
         self.meter = Meter(self.scheduler, device)
         self.log = Log(accelerator, args, self.output_dir, self.step)
-        self.stop = StopSignal(accelerator)
+        self.stop = StopSignal(accelerator, args.run.max_minutes)
         stack.callback(self.stop.restore)
         if accelerator.is_main_process:
             write_json(self.output_dir / ARGUMENTS_FILE, self.description())
@@ -1004,6 +1005,20 @@ class Training:
         terms = ", ".join(f"{term} {result[term]:.3f}" for term in TERMS if term in result)
         if self.accelerator.is_local_main_process:
             tqdm.write(f"step {self.step}: {self.figure} {result['bits_per_dim']:.3f} +- {error:.3f} ({terms})")
+        if self.args.run.keep_best and self.accelerator.is_main_process:
+            self.keep_if_best(averaged, result)
+
+    def keep_if_best(self, averaged: ModelMixin, result: dict[str, Any]) -> None:
+        """The pipeline of the lowest bits/dim so far, also before a resumption, with its figures."""
+        target = self.output_dir / BEST_FOLDER
+        held = target / "evaluation.json"
+        if held.is_file() and json.loads(held.read_text(encoding="utf-8"))["bits_per_dim"] <= result["bits_per_dim"]:
+            return
+        figures = {name: value for name, value in result.items() if name != "per_image"} | {"step": self.step}
+        with explained_failure(self.output_dir), atomic_folder(target) as folder:
+            self.pipeline(averaged).save_pretrained(folder)
+            write_json(folder / ARGUMENTS_FILE, self.description())
+            write_json(folder / "evaluation.json", without_nan(figures))
 
     def draw_samples(self) -> None:
         """A grid of samples, from the same noise each time."""

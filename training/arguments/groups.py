@@ -379,6 +379,15 @@ class RunArguments:
     eval_steps: int | None = argument(
         None, "Optimiser steps between evaluations of bits/dim; none: at the end; 0: never.", bounds=NOT_NEGATIVE
     )
+    keep_best: bool = argument(
+        False, "Keep the pipeline with the lowest bits/dim of all evaluations, with its figures, in --output_dir/best."
+    )
+    max_minutes: float | None = argument(
+        None,
+        "Stop after so many minutes with the state saved (exit code 142), for runs in slices: go on with --resume_from_checkpoint "
+        "latest.",
+        bounds=POSITIVE,
+    )
     eval_num_samples: int = argument(
         4, "Network evaluations for each image and evaluation, stratified over time.", bounds=Bounds(1, 2**24)
     )
