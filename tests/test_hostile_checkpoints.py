@@ -344,7 +344,7 @@ def test_hostile_vae_alone_and_in_its_pipeline(name, latent, tmp_path, hub, clie
 
 
 def test_a_latent_pipeline_is_not_taken_for_another(latent, good):
-    with pytest.raises(UnsafeCheckpointError, match="LatentVDMPipeline"):
+    with pytest.raises(UnsafeCheckpointError, match=r"Load it by LatentVDMPipeline\.from_pretrained"):
         VDMPipeline.from_pretrained(latent)
     with pytest.raises(UnsafeCheckpointError, match="must say `_class_name` LatentVDMPipeline"):
         LatentVDMPipeline.from_pretrained(good)

@@ -23,10 +23,10 @@ from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
 from diffusion import DiffusionTask, Rows, make_scheduler, trains_in_discrete_time
 from ema import EMA, ema_decay
-from networks import compile_network
+from networks import compile_network, octaves
 from plots import image_grid, plot_loss_by_log_snr
 from randomness import DataOrder, row_noise, seed_for
-from train import SetupError, check_launch, idle_cores, num_train_steps
+from train import SetupError, check_launch, idle_cores, num_train_steps, warmup_steps
 
 from vdm_diffusers.objectives import OBJECTIVES
 
@@ -354,3 +354,14 @@ def test_a_network_compiled_for_a_cpu_is_the_same_function_and_saves_the_same_co
     assert torch.allclose(
         network.forward(x, t).sample, want, atol=1e-5
     )  # uncompiled: the compiler is PyTorch's matter
+
+
+@pytest.mark.parametrize(("levels", "finest"), [(256, 8), (17, 5), (2, 1), (65536, 16)])
+def test_every_octave_down_to_the_distance_of_two_levels(levels, finest):
+    """The best known on MNIST (1.17 bits/dim against 1.31 with the three finest after 450 steps) is the default."""
+    assert octaves(levels) == [float(n) for n in range(1, finest + 1)]
+
+
+@pytest.mark.parametrize(("asked", "steps", "warmup"), [(None, 300, 30), (None, 10**6, 500), (7, 300, 7), (0, 300, 0)])
+def test_warm_up_is_a_tenth_of_a_short_run(asked, steps, warmup):
+    assert warmup_steps(asked, steps) == warmup

@@ -703,7 +703,7 @@ def evaluate_bound(
     count = len(levels)
     budget = Budget(target_standard_error, max_model_evaluations)
     budget.check(num_samples * count, f"{num_samples} x {count}")
-    some = torch.linspace(0, count - 1, min(count, 4096)).round().long()
+    some = torch.linspace(0, count - 1, min(count, 4096), dtype=torch.float64).round().long()
     problem = _Problem(
         model=model,
         levels=levels,
@@ -925,7 +925,7 @@ def _records(problem: _Problem, rounds: list[_Round], fold: int | None, of_decod
         loss, features = both[:, 0], both[:, 1:]
     keep = (weight > 0).nonzero()[:, 0]
     if len(keep) > _FITTED:
-        keep = keep[torch.linspace(0, len(keep) - 1, _FITTED).round().long()]
+        keep = keep[torch.linspace(0, len(keep) - 1, _FITTED, dtype=torch.float64).round().long()]
     return log_snr[keep], features[keep], loss[keep], weight[keep]
 
 

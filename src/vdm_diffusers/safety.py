@@ -314,10 +314,12 @@ def _check_inside(path: pathlib.Path, folder: pathlib.Path) -> None:
 def _components(index: Mapping[str, Any], pipeline: str, passed: Collection[str]) -> dict[str, tuple[str, str]]:
     class_name = index.get("_class_name")
     if class_name != pipeline:
-        raise UnsafeCheckpointError(
-            f"model_index.json must say `_class_name` {pipeline}, got {class_name!r}. A pipeline of Diffusers is adopted by "
-            "VDMPipeline.from_pipe(DiffusionPipeline.from_pretrained(...))."
+        right = (
+            f"Load it by {class_name}.from_pretrained."
+            if class_name in _PIPELINES
+            else "A pipeline of Diffusers is adopted by VDMPipeline.from_pipe(DiffusionPipeline.from_pretrained(...))."
         )
+        raise UnsafeCheckpointError(f"model_index.json must say `_class_name` {pipeline}, got {class_name!r}. {right}")
     listed = {name: value for name, value in index.items() if isinstance(value, list)}
     if set(listed) != set(_PIPELINES[pipeline]):
         raise UnsafeCheckpointError(
