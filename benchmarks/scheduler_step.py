@@ -64,7 +64,7 @@ def block(scheduler, output: torch.Tensor, sample: torch.Tensor) -> float:
     timesteps = list(scheduler.timesteps)[:49]
     start = time.perf_counter()
     for t in timesteps:
-        scheduler.step(output, t, sample)
+        scheduler.step(output, t, sample, return_dict=False)  # as most pipelines call it
     return (time.perf_counter() - start) / len(timesteps)
 
 
