@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -306,6 +306,13 @@ class TabulatedNoiseSchedule(NoiseSchedule):
         left, right = table[index], table[index + 1]
         fraction = torch.where(log_snr == right, 1.0, (left - log_snr) / (left - right))
         return ((index + fraction) / (len(table) - 1)).clamp(0, 1)
+
+
+LOG_SNR_SCHEDULES: dict[str, Callable[[float, float], NoiseSchedule]] = {
+    "log_snr_linear": LinearLogSNRSchedule,
+    "log_snr_cosine": CosineSchedule,
+}
+"""Schedules by the name that a scheduler's config and `train.py` know them by: (log_snr_max, log_snr_min) -> schedule."""
 
 
 # --- betas ------------------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from .numerics import as_float64, expand_to
 from .prediction import PredictionType, conversion_coefficients, prediction_target
 
 Objective = Literal["elbo", "simple", "mse", "min_snr", "truncated_snr", "sigmoid", "edm"]
+ELBO_WEIGHTED = ("elbo", "sigmoid", "edm")  # those that weigh by the ELBO's own weight
 OBJECTIVES: tuple[str, ...] = get_args(Objective)
 
 
@@ -56,7 +57,7 @@ def epsilon_weight(
         ValueError: unknown objective, `mse` (it has no weight of its own), or a missing elbo_weight.
     """
     log_snr = as_float64(log_snr)
-    if objective in ("elbo", "sigmoid", "edm"):
+    if objective in ELBO_WEIGHTED:
         if elbo_weight is None:
             raise ValueError(
                 f"objective {objective!r} needs `elbo_weight`: pass elbo.continuous_weight(schedule.derivative(t)), or "

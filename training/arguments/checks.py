@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from .groups import Arguments, DiffusionArguments
+from .words import words
 
-LOG_SNR_SCHEDULES = ("log_snr_linear", "log_snr_cosine")
-ELBO_WEIGHTED = ("elbo", "sigmoid", "edm")
+LOG_SNR_SCHEDULES = words("noise_schedules", "LOG_SNR_SCHEDULES")
+ELBO_WEIGHTED = words("objectives", "ELBO_WEIGHTED")
 LOWEST_POLYNOMIAL_RATE = 1e-7  # where Diffusers' polynomial schedule ends
 
 

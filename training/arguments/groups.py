@@ -9,19 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .fields import LOG_SNR, NOT_NEGATIVE, POSITIVE, SHARE, Bounds, argument
+from .words import words
 
-# Words that the core knows: written down again, because its modules take seconds to import and the help must not.
-# A test holds the two equal.
-Likelihood = Literal["discretized_logistic", "discretized_gaussian", "bernoulli"]
-Objective = Literal["elbo", "simple", "mse", "min_snr", "truncated_snr", "sigmoid", "edm"]
-PredictionType = Literal["sample", "epsilon", "v_prediction", "score", "flow_prediction"]
-PixelEncoding = Literal["bin_center", "endpoint"]
+# Words of the core: whoever adds one there has it here.
+Likelihood = Literal[words("models.autoencoder_variational", "Likelihood")]
+Objective = Literal[words("objectives", "Objective")]
+PredictionType = Literal[words("prediction", "PredictionType")]
+PixelEncoding = Literal[words("decoders", "PixelEncoding")]
+BetaSchedule = Literal[words("noise_schedules", "LOG_SNR_SCHEDULES") + words("noise_schedules", "BETA_SCHEDULES")]
 
 Storage = Literal["auto", "memory", "disk"]
 ImageMode = Literal["1", "L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16"]
-BetaSchedule = Literal[
-    "log_snr_linear", "log_snr_cosine", "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"
-]
 LRSchedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
 COUNT = Bounds(1)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from ..noise_schedules import (
     BETA_SCHEDULES,
-    CosineSchedule,
-    LinearLogSNRSchedule,
+    LOG_SNR_SCHEDULES,
     NoiseSchedule,
     ShiftedSchedule,
     TabulatedNoiseSchedule,
@@ -30,7 +29,6 @@ from ..timelines import BetaTableTimeline, LogSNRTimeline, Timeline
 
 MAX_TIMESTEPS = 10**6  # tables of that many are made: a config must not fill the memory
 MAX_KNOTS = 64  # of an optimal variance for each frequency, which travels in the config
-LOG_SNR_SCHEDULES = ("log_snr_linear", "log_snr_cosine")
 
 
 def is_in_log_snr(config: Mapping[str, Any]) -> bool:
@@ -149,15 +147,9 @@ def _log_snr_schedule(config: Mapping[str, Any], high: float, low: float) -> Noi
                 f"{table.log_snr_min}."
             )
         return table
-    if config["beta_schedule"] == "log_snr_linear":
-        return LinearLogSNRSchedule(high, low)
-    if config["beta_schedule"] == "log_snr_cosine":
-        shift = config["log_snr_shift"]
-        schedule = CosineSchedule(high - shift, low - shift)
-        return ShiftedSchedule(schedule, shift) if shift else schedule
-    raise ValueError(
-        f"`beta_schedule` in log SNR must be one of {', '.join(LOG_SNR_SCHEDULES)}, got {config['beta_schedule']!r}."
-    )
+    shift = config["log_snr_shift"]
+    schedule = LOG_SNR_SCHEDULES[config["beta_schedule"]](high - shift, low - shift)
+    return ShiftedSchedule(schedule, shift) if shift else schedule
 
 
 def betas_of(config: Mapping[str, Any]) -> Tensor:
