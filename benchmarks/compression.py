@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import resource
 import time
 from pathlib import Path
 
@@ -129,6 +130,7 @@ def main() -> None:
     print("\n| format | bits/dim | as one mosaic |\n|---|---|---|")
     for name, (alone, mosaic) in comparison()(test.to(torch.uint8)).items():
         print(f"| {name} | {8 * alone / test.numel():.3f} | {8 * mosaic / test.numel():.3f} |")
+    print(f"\npeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     if args.figure is not None:
         picture(args.figure, by_step)
 

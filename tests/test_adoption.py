@@ -349,7 +349,12 @@ def test_warnings_are_none_for_ordinary_configurations():
             VDMScheduler.from_config(peer.config).set_timesteps(4)
 
 
-@pytest.mark.parametrize("cls", VDMScheduler().compatibles, ids=lambda c: c.__name__)
+COMPATIBLE = [
+    cls for cls in VDMScheduler().compatibles if not isinstance(cls, DummyObject)
+]  # those that are installed
+
+
+@pytest.mark.parametrize("cls", sorted(COMPATIBLE, key=lambda c: c.__name__), ids=lambda c: c.__name__)
 def test_a_config_comes_back_from_every_compatible_class_as_it_went(cls):
     config = {
         "num_train_timesteps": 1000,
@@ -359,12 +364,10 @@ def test_a_config_comes_back_from_every_compatible_class_as_it_went(cls):
     }
     ours = VDMScheduler(beta_start=1e-4, beta_end=0.02, **config)
     back = VDMScheduler.from_config(cls.from_config(ours.config).config)
-    known = {key: value for key, value in back.config.items() if key in ours.config}
-    for config in (known, dict(ours.config)):
-        config["_use_default_values"] = sorted(config["_use_default_values"])
-    assert {**known} == {**dict(ours.config), "_use_default_values": known["_use_default_values"]}
-    # what nobody set may be set now, to the same value
-    assert set(known["_use_default_values"]) <= set(ours.config["_use_default_values"])
+    unset = "_use_default_values"
+    known = {key: value for key, value in back.config.items() if key in ours.config and key != unset}
+    assert known == {key: value for key, value in ours.config.items() if key != unset}
+    assert set(back.config[unset]) == set(ours.config[unset])
 
 
 @pytest.mark.parametrize("make", [VDMScheduler, VDMFlowScheduler, VDMSigmaScheduler])

@@ -222,6 +222,7 @@ def test_the_size_is_the_bound(steps, grid, optimal):
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     assert report.net_bits == pytest.approx(bound.bits_per_dim, rel=0.02)
+    assert report.net_bits == pytest.approx(report.path_bits, rel=0.003)  # the coder's own part
     assert report.file_bytes == len(data) and report.num_steps == steps
     expected = 8 * len(data) / images.numel()
     assert report.total_bits == pytest.approx(expected) and report.total_bits > report.net_bits

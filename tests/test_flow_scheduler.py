@@ -25,6 +25,7 @@ from vdm_diffusers import (
     evaluate_likelihood,
 )
 from vdm_diffusers.noise_schedules import FlowSchedule, KarrasSchedule
+from vdm_diffusers.objectives import diffusion_loss
 from vdm_diffusers.timelines import FlowTimeline, SigmaTimeline
 
 CONFIGS = {
@@ -354,6 +355,30 @@ def test_a_network_and_its_rewriting_have_one_bound(kind, method):
         if getattr(one, term) is not None:
             torch.testing.assert_close(getattr(one, term), getattr(other, term), rtol=2e-6, atol=1e-5)
     assert one.standard_error == pytest.approx(other.standard_error, rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["elbo", "simple", "min_snr", "sigmoid"])
+def test_training_losses_are_one_on_every_path(objective):
+    """A flow's loss is `diffusion_loss` on its path; EDM's network is first made one of v, as the timeline says."""
+    x, noise, y = start(6, 1, 4, 4), start(6, 1, 4, 4, seed=1), start(6, 1, 4, 4, seed=2)
+    log_snr = torch.linspace(-6, 8, 6, dtype=torch.float64)
+    options = {"objective": objective, "elbo_weight": torch.full((6,), 3.0, dtype=torch.float64)}
+    alpha, sigma = (v.reshape(-1, 1, 1, 1) for v in alpha_sigma(log_snr))
+    z = alpha * x + sigma * noise
+    on_flow, on_vp = (
+        diffusion_loss(y, x, noise, log_snr, prediction_type="flow_prediction", path=path, **options)
+        for path in ("flow", "vp")
+    )
+    torch.testing.assert_close(on_flow, on_vp, rtol=1e-9, atol=0)
+    timeline = SigmaTimeline()
+    kind, from_z, from_y = timeline.on_vp(log_snr, "epsilon")
+    v = from_z.reshape(-1, 1, 1, 1) * z + from_y.reshape(-1, 1, 1, 1) * y
+    skip, out = (c.reshape(-1, 1, 1, 1) for c in timeline.denoising(log_snr, "epsilon"))
+    x_hat = skip * z / alpha + out * y
+    ours = diffusion_loss(v, x, noise, log_snr, prediction_type=kind, **options)
+    torch.testing.assert_close(
+        ours, diffusion_loss(x_hat, x, noise, log_snr, prediction_type="sample", **options), rtol=1e-9, atol=0
+    )
 
 
 STOCK = {

@@ -91,25 +91,33 @@ class Coder(ABC):
 
     def push_images(
         self, stack: Stack, levels: NDArray[np.int64], index: Tensor, trace: list[int] | None = None
-    ) -> None:
-        """Push images (B, C, H, W).
+    ) -> float:
+        """Push images (B, C, H, W). Returns -log2 p(x, z) + log2 q(z | x) of the latents drawn, whose expectation is the bound.
 
         Arguments:
             trace: gets K + 3 sizes of the stack in bits: before, after x, after each of the K steps, and after z_K.
         """
         shape, sizes = levels.shape, [] if trace is None else trace
         sizes.append(stack.num_bits)
-        bins = stack.pop_gaussian(*self.encoder(levels), NARROW, escapes=False)
-        stack.push_levels(levels.ravel(), *self.levels(bins, shape, index))
+        q = self.encoder(levels)
+        bins = stack.pop_gaussian(*q, NARROW, escapes=False)
+        first, probabilities, num_levels = self.levels(bins, shape, index)
+        stack.push_levels(levels.ravel(), first, probabilities, num_levels)
+        path = _bits_of_levels(levels.ravel(), first, probabilities, num_levels) - _bits(bins, *q)
         sizes.append(stack.num_bits)
         for k in range(1, self.num_steps + 1):
             stack.whiten(len(bins))
-            above = stack.pop_gaussian(*self.forward(k, bins, len(levels)), NARROW, escapes=False)
-            stack.push_gaussian(bins, *self.reverse(k, above, shape, index), WIDE)
+            q = self.forward(k, bins, len(levels))
+            above = stack.pop_gaussian(*q, NARROW, escapes=False)
+            p = self.reverse(k, above, shape, index)
+            stack.push_gaussian(bins, *p, WIDE)
+            path += _bits(bins, *p) - _bits(above, *q)
             bins = above
             sizes.append(stack.num_bits)
-        stack.push_gaussian(bins, np.zeros(len(bins)), 1 / self.widths[-1], WIDE)
+        prior = (np.zeros(len(bins)), 1 / self.widths[-1])
+        stack.push_gaussian(bins, *prior, WIDE)
         sizes.append(stack.num_bits)
+        return path + _bits(bins, *prior)
 
     def pop_images(self, stack: Stack, shape: tuple[int, ...], index: Tensor) -> NDArray[np.int64]:
         """Pop images of this shape (B, C, H, W): the inverse of `push_images`."""
@@ -344,6 +352,22 @@ class HierarchyCoder(Coder):
 
 def _two(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _bits(bins: Bins, mean: Values, deviation: Values | float) -> float:
+    """-log2 of the Gaussian density at all bins, summed."""
+    spread = np.broadcast_to(np.asarray(deviation, dtype=np.float64), mean.shape)
+    nats = 0.5 * ((bins - mean) / spread) ** 2 + np.log(spread) + 0.5 * math.log(2 * math.pi)
+    return float(nats.sum()) / math.log(2)
+
+
+def _bits_of_levels(levels: Bins, first: Bins, probabilities: Values, num_levels: int) -> float:
+    """-log2 of the probabilities of all levels, summed; of one outside its window what its escape costs."""
+    width = probabilities.shape[1] - 1
+    symbol = levels - first
+    outside = (symbol < 0) | (symbol >= width)
+    chosen = np.take_along_axis(probabilities, np.where(outside, width, symbol)[:, None], axis=1)
+    return float(outside.sum()) * math.log2(num_levels) - float(np.log2(np.maximum(chosen, 2.0**-60)).sum())
 
 
 def _rounded_deviation(deviation: Values | float) -> Values:

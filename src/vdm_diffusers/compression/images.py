@@ -40,6 +40,8 @@ class CompressionReport:
     Attributes:
         num_images, num_dims: D of an image.
         net_bits: what the images added to the stack: the rate.
+        path_bits: -log2 p(x, z) + log2 q(z | x) of the latents z that were drawn. Its expectation is the bound of the chain, and what
+            `net_bits` has beyond it is the coder's own.
         total_bits: the whole file, header and the bits that the stack began with included.
         initial_bits: bits (not for a dimension) that the stack began with.
         header_bytes, file_bytes: sizes.
@@ -51,6 +53,7 @@ class CompressionReport:
     num_images: int
     num_dims: int
     net_bits: float
+    path_bits: float
     total_bits: float
     initial_bits: int
     header_bytes: int
@@ -167,7 +170,7 @@ def compress_with_report(
             stack = Stack(words)
             begin = stack.num_bits
             batches: list[int] = []
-            by_step = np.zeros(chain.num_steps + 2)
+            by_step, path = np.zeros(chain.num_steps + 2), 0.0
             try:
                 with tqdm(total=len(array), disable=not progress_bar, unit="image") as bar:
                     while (done := sum(batches)) < len(array):
@@ -175,7 +178,7 @@ def compress_with_report(
                         count = max(1, min(most, len(array) - done, room))
                         index = torch.arange(done, done + count)
                         trace: list[int] = []
-                        chain.push_images(stack, array[done : done + count], index, trace)
+                        path += chain.push_images(stack, array[done : done + count], index, trace)
                         by_step += np.diff(trace)
                         batches.append(count)
                         bar.update(count)
@@ -213,6 +216,7 @@ def compress_with_report(
         num_images=len(array),
         num_dims=num_dims,
         net_bits=(stack.num_bits - begin) / dims,
+        path_bits=path / dims,
         total_bits=8 * len(data) / dims,
         initial_bits=begin,
         header_bytes=header_bytes,
