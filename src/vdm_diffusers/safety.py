@@ -316,7 +316,7 @@ def _components(index: Mapping[str, Any], pipeline: str, passed: Collection[str]
     if class_name != pipeline:
         right = (
             f"Load it by {class_name}.from_pretrained."
-            if class_name in _PIPELINES
+            if isinstance(class_name, str) and class_name in _PIPELINES
             else "A pipeline of Diffusers is adopted by VDMPipeline.from_pipe(DiffusionPipeline.from_pretrained(...))."
         )
         raise UnsafeCheckpointError(f"model_index.json must say `_class_name` {pipeline}, got {class_name!r}. {right}")
