@@ -14,10 +14,10 @@ from vdm_diffusers.likelihood import (
     DiscreteTerm,
     GaussianDecoder,
     SoftmaxDecoder,
-    _fit_controls,
     evaluate_bound,
     expected_softmax_nats,
 )
+from vdm_diffusers.likelihood.rounds import fit_controls
 from vdm_diffusers.noise_schedules import TabulatedNoiseSchedule, make_betas
 from vdm_diffusers.reverse_variance import forward_variance, posterior_variance
 
@@ -227,7 +227,7 @@ def test_the_known_integral_is_exact_where_the_denoiser_by_pixels_sets_in():
     levels, data = known_images(count=2, shape=(1, 4, 4))
     model = exact_model(data)
     term = ContinuousTerm(LOG_SNR_MAX, LOG_SNR_MIN)
-    controls = _fit_controls(model, levels, term)
+    controls = fit_controls(model, levels, term)
     (jump,) = controls.jumps.tolist()
     assert term.log_snr_min < jump < term.log_snr_max
 

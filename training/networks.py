@@ -12,13 +12,18 @@ from data import DataError, ImageSet
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.modeling_utils import ModelMixin
+from diffusion import make_scheduler
 from torch import nn
 
-from vdm_diffusers import VDMUNet2DModel
+from vdm_diffusers import AnalyticStartModel, VDMUNet2DModel
 from vdm_diffusers.models.fourier import FourierFeaturesUNet
 from vdm_diffusers.models.labels import is_class_conditional, null_label, num_classes
 
-_CLASSES = {c.__name__: c for c in (UNet2DModel, VDMUNet2DModel, FourierFeaturesUNet, DiTTransformer2DModel)}
+_CLASSES = {
+    c.__name__: c
+    for c in (UNet2DModel, VDMUNet2DModel, FourierFeaturesUNet, DiTTransformer2DModel, AnalyticStartModel)
+}
+_MEASURED_IMAGES = 20_000  # that an analytic start's tables are taken from
 
 
 def make_network(args: Arguments, images: ImageSet) -> ModelMixin:
@@ -35,20 +40,47 @@ def make_network(args: Arguments, images: ImageSet) -> ModelMixin:
         return _from_config(model.pretrained_model_name_or_path, args, images, weights=True)
     if model.model_config_name_or_path is not None:
         return _from_config(model.model_config_name_or_path, args, images)
-    return VDMUNet2DModel(
+    exponents = model.fourier_exponents
+    if exponents is None:  # the analytic start knows the levels already
+        exponents = [] if model.analytic_start else octaves(images.num_levels)
+    network = VDMUNet2DModel(
         sample_size=height if height == width else (height, width),
-        in_channels=channels,
-        out_channels=_out_channels(args, channels),
+        in_channels=3 * channels if model.analytic_start else channels,
+        out_channels=2 * channels if model.analytic_start else _out_channels(args, channels),
         hidden_channels=model.hidden_channels,
         layers_per_block=model.layers_per_block,
         num_train_timesteps=args.diffusion.ddpm_num_steps,
-        fourier_exponents=octaves(images.num_levels) if model.fourier_exponents is None else model.fourier_exponents,
-        residual_connection=args.diffusion.prediction_type == "epsilon",
+        fourier_exponents=exponents,
+        residual_connection=args.diffusion.prediction_type == "epsilon" and not model.analytic_start,
         add_attention=model.add_attention,
         attention_head_dim=model.attention_head_dim,
         num_class_embeds=images.num_classes if model.class_conditional else None,
         dropout=model.dropout,
         norm_num_groups=model.norm_num_groups,
+    )
+    return _with_analytic_start(network, args, images) if model.analytic_start else network
+
+
+def _with_analytic_start(network: ModelMixin, args: Arguments, images: ImageSet) -> AnalyticStartModel:
+    """`network` inside the analytic denoiser of the training images."""
+    diffusion, scheduler = args.diffusion, make_scheduler(args.diffusion)
+    if scheduler.timeline.entries is None and diffusion.path == "vp":  # log SNR is linear in the network's timestep
+        timesteps = [-1.0, diffusion.ddpm_num_steps - 1.0]
+        log_snr = [diffusion.log_snr_max, diffusion.log_snr_min]
+    else:
+        timesteps = [float(step) for step in range(diffusion.ddpm_num_steps)]
+        log_snr = scheduler.log_snr(torch.tensor(timesteps, dtype=torch.float64)).clamp(-30, 30).tolist()
+    generator = torch.Generator().manual_seed(args.optimization.seed)
+    chosen = torch.randperm(len(images), generator=generator)[:_MEASURED_IMAGES]
+    return AnalyticStartModel.from_images(
+        network,
+        images.images[chosen],
+        knots=timesteps,
+        log_snr=log_snr,
+        num_levels=args.data.num_levels or images.num_levels,
+        pixel_encoding=diffusion.pixel_encoding,
+        prediction_type=diffusion.prediction_type,
+        path=diffusion.path,
     )
 
 

@@ -15,7 +15,14 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMix
 from .evaluation import estimate_optimal_variance, evaluate_likelihood
 from .latent_evaluation import evaluate_latent_likelihood
 from .likelihood import LikelihoodReport
-from .models import FourierFeaturesUNet, HierarchicalVAE, LearnedNoiseSchedule, VariationalAutoencoder, VDMUNet2DModel
+from .models import (
+    AnalyticStartModel,
+    FourierFeaturesUNet,
+    HierarchicalVAE,
+    LearnedNoiseSchedule,
+    VariationalAutoencoder,
+    VDMUNet2DModel,
+)
 from .pipelines import LatentVDMPipeline, VDMPipeline
 from .registration import register_with_diffusers
 from .schedulers import VDMFlowScheduler, VDMScheduler, VDMSigmaScheduler
@@ -23,6 +30,7 @@ from .schedulers import VDMFlowScheduler, VDMScheduler, VDMSigmaScheduler
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnalyticStartModel",
     "FourierFeaturesUNet",
     "HierarchicalVAE",
     "LatentVDMPipeline",
@@ -42,6 +50,7 @@ __all__ = [
 register_with_diffusers(
     sys.modules[__name__],
     [
+        "AnalyticStartModel",
         "FourierFeaturesUNet",
         "HierarchicalVAE",
         "LatentVDMPipeline",

@@ -158,6 +158,12 @@ class ModelArguments:
         32, "Groups of its group normalisations; must divide --hidden_channels.", bounds=Bounds(1, 65536)
     )
     dropout: float = argument(0.1, "Dropout in its residual blocks.", bounds=SHARE)
+    analytic_start: bool = argument(
+        False,
+        "Start from the denoisers that are known in closed form (the training images' mean and covariance, and their pixels' levels), and learn "
+        "what they leave. The tables are measured on the training images and saved with the weights.",
+        basic=True,
+    )
     class_conditional: bool = argument(False, "Condition on the data set's class labels.", basic=True)
     class_dropout: float = argument(
         0.0,

@@ -64,13 +64,13 @@ RULES = (
     Rule(
         (
             *("fourier_exponents", "class_conditional", "class_dropout"),
-            *("model_config_name_or_path", "pretrained_model_name_or_path"),
+            *("model_config_name_or_path", "pretrained_model_name_or_path", "analytic_start"),
         ),
         "--model vdm",
         lambda a: a.model.model == "vdm",
     ),
     Rule(
-        (*SIZES_OF_THE_U_NET, "fourier_exponents", "norm_num_groups", "dropout"),
+        (*SIZES_OF_THE_U_NET, "fourier_exponents", "norm_num_groups", "dropout", "analytic_start"),
         "neither --model_config_name_or_path nor --pretrained_model_name_or_path, which say it",
         lambda a: a.model.model_config_name_or_path is None and a.model.pretrained_model_name_or_path is None,
     ),

@@ -11,13 +11,14 @@ _WITH_NULL_LABEL = ("VDMUNet2DModel", "DiTTransformer2DModel")
 def num_classes(model: Any) -> int | None:
     """The number K of classes, labels 0..K-1, that a network is conditioned on; None without (or without a config).
 
-    `num_class_embeds` of a `VDMUNet2DModel` or a `UNet2DModel` (also inside a `FourierFeaturesUNet`), `num_embeds_ada_norm` of a
+    `num_class_embeds` of a `VDMUNet2DModel` or a `UNet2DModel` (also inside a `FourierFeaturesUNet` or an
+    `AnalyticStartModel`), `num_embeds_ada_norm` of a
     `DiTTransformer2DModel`.
     """
     config = getattr(model, "config", None)
     if config is None:
         return None
-    config = config.get("unet_config", config)
+    config = config.get("unet_config", config.get("network_config", config))
     return config.get("num_class_embeds", config.get("num_embeds_ada_norm"))
 
 
@@ -28,7 +29,10 @@ def is_class_conditional(model: Any) -> bool:
 
 def null_label(model: Any) -> int | None:
     """The label K that means "no class" to the network; None where its table has no such entry."""
-    return num_classes(model) if type(model).__name__ in _WITH_NULL_LABEL else None
+    name = type(model).__name__
+    if name == "AnalyticStartModel":
+        name = model.config.network_class
+    return num_classes(model) if name in _WITH_NULL_LABEL else None
 
 
 def default_label(model: Any) -> int | None:
