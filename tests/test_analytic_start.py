@@ -6,7 +6,14 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from vdm_diffusers import AnalyticStartModel, VDMPipeline, VDMScheduler, VDMUNet2DModel, evaluate_likelihood
+from vdm_diffusers import (
+    AnalyticStartModel,
+    VDMPipeline,
+    VDMScheduler,
+    VDMUNet2DModel,
+    evaluate_likelihood,
+    fit_analytic_start,
+)
 from vdm_diffusers.decoders import level_values
 from vdm_diffusers.gaussian import alpha_sigma
 from vdm_diffusers.models.analytic_start import FULL_COVARIANCE, _LevelMean
@@ -39,9 +46,7 @@ def test_of_gaussian_data_it_is_the_posterior_mean(path):
     generator = torch.Generator().manual_seed(0)
     factor = torch.randn(32, 32, generator=generator, dtype=torch.float64) / 6
     images = (torch.randn(4000, 32, generator=generator, dtype=torch.float64) @ factor + 0.3).reshape(-1, 2, 4, 4)
-    model = AnalyticStartModel.from_images(
-        inner(2), images, num_levels=None, prediction_type="sample", path=path, **ENDS
-    ).double()
+    model = fit_analytic_start(inner(2), images, num_levels=None, prediction_type="sample", path=path, **ENDS).double()
     start = model.start
     covariance = start.basis.double().T @ torch.diag(start.variance.double()) @ start.basis.double()
     z = torch.randn(5, 2, 4, 4, generator=generator, dtype=torch.float64)
@@ -58,12 +63,12 @@ def test_the_spectrum_of_large_images_gives_the_variance_of_each_pixel():
     assert 3 * side * side > FULL_COVARIANCE
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(300, 3, side, side, generator=generator).cumsum(2).cumsum(3) / side
-    start = AnalyticStartModel.from_images(inner(3), images, num_levels=None, **ENDS).start
+    start = fit_analytic_start(inner(3), images, num_levels=None, **ENDS).start
     eye = torch.eye(3 * side * side, dtype=torch.float64).reshape(-1, 3, side, side)
     matrix = torch.cat([start._transform(part).flatten(1) for part in eye.split(256)]).T  # coordinates of each pixel
     torch.testing.assert_close(matrix @ matrix.T, torch.eye(len(eye)).double(), atol=1e-5, rtol=0)
     brute = (matrix**2).T @ start.variance.double().flatten()
-    torch.testing.assert_close(start._spread(start.variance.double()).flatten(), brute, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(start.spread(start.variance.double()).flatten(), brute, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_levels", [2, 17, 256])
@@ -88,7 +93,7 @@ def test_with_independent_pixels_it_is_the_exact_denoiser():
     images = (torch.rand(20_000, 1, 3, 3, generator=generator) < 0.3).long() * 4 + torch.randint(
         0, 3, (20_000, 1, 3, 3), generator=generator
     )
-    model = AnalyticStartModel.from_images(inner(1), images, num_levels=7, prediction_type="sample", **ENDS)
+    model = fit_analytic_start(inner(1), images, num_levels=7, prediction_type="sample", **ENDS)
     values = level_values(7)
     z = torch.randn(64, 1, 3, 3, generator=generator)
     frequency = images.flatten().bincount(minlength=7).double() / images.numel()
@@ -104,7 +109,7 @@ def test_the_bound_of_gaussian_data_is_near_its_entropy_before_any_training():
     generator = torch.Generator().manual_seed(4)
     smooth = torch.randn(4000, 1, 6, 6, generator=generator).cumsum(2).cumsum(3) * 12 + 128
     images = smooth.round().clamp(0, 255).long()
-    model = AnalyticStartModel.from_images(inner(1), images, **ENDS).eval()
+    model = fit_analytic_start(inner(1), images, **ENDS).eval()
     pipe = VDMPipeline(model, VDMScheduler(beta_schedule="log_snr_linear", log_snr_max=13.3, log_snr_min=-5.0))
     report = evaluate_likelihood(pipe, images[:200], num_samples=8, progress_bar=False)
     flat = images.flatten(1).double()
@@ -116,7 +121,7 @@ def test_the_bound_of_gaussian_data_is_near_its_entropy_before_any_training():
 
 def test_saved_and_loaded_it_says_the_same_and_its_tables_are_never_rounded(tmp_path):
     images = torch.randint(0, 256, (50, 1, 8, 8), generator=torch.Generator().manual_seed(5))
-    model = AnalyticStartModel.from_images(inner(1, num_class_embeds=4), images, **ENDS).eval()
+    model = fit_analytic_start(inner(1, num_class_embeds=4), images, **ENDS).eval()
     z, labels = torch.randn(2, 1, 8, 8), torch.tensor([0, 3])
     pipe = VDMPipeline(model, VDMScheduler(beta_schedule="log_snr_linear"))
     pipe.save_pretrained(tmp_path)
@@ -133,7 +138,7 @@ def test_a_diffusers_network_wears_it_and_gradients_reach_all_its_weights():
     config = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1, "sample_size": 8}
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     network = UNet2DModel(in_channels=3, out_channels=2, **config, **blocks)
-    model = AnalyticStartModel.from_images(network, images, **ENDS)
+    model = fit_analytic_start(network, images, **ENDS)
     model(torch.randn(2, 1, 8, 8), torch.tensor([100, 700])).sample.square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 

@@ -14,7 +14,6 @@ from huggingface_hub import ModelCard
 from warm_client import WarmClient
 
 from vdm_diffusers import VDMPipeline, VDMScheduler, VDMUNet2DModel
-from vdm_diffusers import hub as vdm_hub
 from vdm_diffusers.hub import (
     EvaluationData,
     Measurement,
@@ -25,6 +24,7 @@ from vdm_diffusers.hub import (
     redact,
     write_model_card,
 )
+from vdm_diffusers.hub import cards as vdm_cards
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "hf_" + "aB3" * 10
@@ -440,8 +440,8 @@ pipe.push_to_hub("someone/itself", card=test_hub.description(), tag="v1", privat
 
 
 def test_one_constant_says_where_the_models_are(monkeypatch):
-    assert model_location("digits-elbo") == "model_cards/digits-elbo" or vdm_hub.HUB_NAMESPACE
-    monkeypatch.setattr(vdm_hub, "HUB_NAMESPACE", "someone")
+    assert model_location("digits-elbo") == "model_cards/digits-elbo" or vdm_cards.HUB_NAMESPACE
+    monkeypatch.setattr(vdm_cards, "HUB_NAMESPACE", "someone")
     assert model_location("digits-elbo") == "someone/digits-elbo"
 
 

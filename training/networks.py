@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusion import make_scheduler
 from torch import nn
 
-from vdm_diffusers import AnalyticStartModel, VDMUNet2DModel
+from vdm_diffusers import AnalyticStartModel, VDMUNet2DModel, fit_analytic_start
 from vdm_diffusers.models.fourier import FourierFeaturesUNet
 from vdm_diffusers.models.labels import is_class_conditional, null_label, num_classes
 
@@ -72,7 +72,7 @@ def _with_analytic_start(network: ModelMixin, args: Arguments, images: ImageSet)
         log_snr = scheduler.log_snr(torch.tensor(timesteps, dtype=torch.float64)).clamp(-30, 30).tolist()
     generator = torch.Generator().manual_seed(args.optimization.seed)
     chosen = torch.randperm(len(images), generator=generator)[:_MEASURED_IMAGES]
-    return AnalyticStartModel.from_images(
+    return fit_analytic_start(
         network,
         images.images[chosen],
         knots=timesteps,

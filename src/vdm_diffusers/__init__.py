@@ -22,6 +22,7 @@ from .models import (
     LearnedNoiseSchedule,
     VariationalAutoencoder,
     VDMUNet2DModel,
+    fit_analytic_start,
 )
 from .pipelines import LatentVDMPipeline, VDMPipeline
 from .registration import register_with_diffusers
@@ -45,6 +46,7 @@ __all__ = [
     "estimate_optimal_variance",
     "evaluate_latent_likelihood",
     "evaluate_likelihood",
+    "fit_analytic_start",
 ]
 
 register_with_diffusers(

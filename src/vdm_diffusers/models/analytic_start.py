@@ -25,13 +25,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.models.unets.unet_2d import UNet2DOutput
+from diffusers.models.unets.unet_2d import UNet2DModel, UNet2DOutput
 from torch import Tensor, nn
 
-from vdm_diffusers.control_variates import WienerDenoiser
 from vdm_diffusers.decoders import PixelEncoding, level_values
 from vdm_diffusers.frequency import cosine_transform
 from vdm_diffusers.gaussian import Path, alpha_sigma
@@ -45,7 +43,6 @@ FULL_COVARIANCE = (
 )
 _MAX_LOG_SNR = 30.0  # float32 knows no noise below this
 _MAX_LOG_SCALE = 8.0  # a network's w stays within this
-_MAX_LOG_FREQUENCY = 12.0  # of a level, against the Gaussian's density there
 _CHUNK = 1 << 20  # weights of levels held at a time
 
 
@@ -115,42 +112,6 @@ class AnalyticStart(nn.Module):
             self.register_buffer(name, None if whole else cosine_transform(n).float(), persistent=False)
         self.register_buffer("log_frequencies", None if num_levels is None else torch.zeros(num_levels))
 
-    @torch.no_grad()
-    def measure(self, images: Tensor, levels: Tensor | None, values: Tensor | None) -> None:
-        """Take the tables from training images.
-
-        Args:
-            images: `(N, C, H, W)` in the space of the diffusion.
-            levels: the same images as integers, if their levels are to be known.
-            values: `(L,)` the levels' values.
-        """
-        x = images.double()
-        if self.basis is not None:
-            self.mean.copy_(x.mean(0))
-            flat = (x - x.mean(0)).flatten(1)
-            # an eighth of an image's worth of white noise keeps pixels that never vary invertible
-            ridge = 8 * flat.square().mean() / (len(x) + 8) * 1e-3
-            eigenvalues, vectors = torch.linalg.eigh(flat.T @ flat / len(x) + ridge * torch.eye(flat.shape[1]).to(x))
-            self.variance.copy_(eigenvalues.clamp(min=1e-7))
-            self.basis.copy_(vectors.T)
-        else:
-            wiener = WienerDenoiser.fit(x)
-            self.mean.copy_(wiener.mean)
-            self.variance.copy_(wiener.variance.reshape(self.shape).clamp(min=1e-7))
-            self.channels.copy_(wiener.axes[0])
-        if levels is not None and values is not None:
-            counts = torch.bincount(levels.flatten().long(), minlength=len(values)).double()
-            frequency = ((counts + 0.5) / (counts.sum() + 0.5 * len(values))).log()
-            # the Gaussian's own density of the levels, over all pixels
-            center, spread = self.mean.double().flatten(), self._spread(self.variance.double()).flatten()
-            density = torch.stack(
-                [(torch.exp(-0.5 * (v - center) ** 2 / spread) / spread.sqrt()).mean() for v in values]
-            )
-            ratio = frequency - (density / density.sum()).clamp(min=1e-30).log()
-            self.log_frequencies.copy_(
-                (ratio - (frequency.exp() * ratio).sum()).clamp(-_MAX_LOG_FREQUENCY, _MAX_LOG_FREQUENCY)
-            )
-
     def cavity(self, z: Tensor, log_snr: Tensor, path: Path) -> tuple[Tensor, Tensor]:
         """What the other pixels say of each pixel, as a Gaussian.
 
@@ -166,7 +127,7 @@ class AnalyticStart(nn.Module):
         posterior = prior / (1 + snr.reshape(-1, *[1] * prior.ndim) * prior)
         coordinates = self._transform(z - alpha * self.mean.to(z))
         deviation = self._inverse(posterior * coordinates)
-        mean, variance = self.mean.to(z) + slope * deviation, self._spread(posterior)
+        mean, variance = self.mean.to(z) + slope * deviation, self.spread(posterior)
         precision = (1 / variance - snr).clamp(min=1e-6 * snr + 1e-4)
         return (mean / variance - slope * z) / precision, 1 / precision
 
@@ -180,7 +141,7 @@ class AnalyticStart(nn.Module):
             return (y @ self.basis.to(y)).unflatten(1, self.shape)
         return torch.einsum("dc,bdhw->bchw", self.channels.to(y), self.rows.to(y).T @ y @ self.columns.to(y))
 
-    def _spread(self, variance: Tensor) -> Tensor:
+    def spread(self, variance: Tensor) -> Tensor:
         """The variance of each pixel, from the variances of the coordinates, of which it is a sum with squared weights."""
         if self.basis is not None:
             return (variance @ self.basis.to(variance) ** 2).unflatten(-1, self.shape)
@@ -206,7 +167,7 @@ class AnalyticStartModel(ModelMixin, ConfigMixin):
     the other pixels say, in standard deviations. It returns `2 C` channels `(u, w)`, see the module's equations. While it
     answers zero, the model is the analytic denoiser exactly.
 
-    Make one with [`AnalyticStartModel.from_images`], which measures the tables.
+    Make one with [`fit_analytic_start`], which measures the tables.
 
     Args:
         network_class: 'VDMUNet2DModel', 'UNet2DModel' or 'FourierFeaturesUNet'.
@@ -263,47 +224,6 @@ class AnalyticStartModel(ModelMixin, ConfigMixin):
         self.start.register_buffer("values", values, persistent=False)
         for name, entries in (("knots", knots), ("log_snr", log_snr)):
             self.start.register_buffer(name, torch.tensor(list(entries), dtype=torch.float64), persistent=False)
-
-    @classmethod
-    def from_images(
-        cls,
-        network: ModelMixin,
-        images: Tensor,
-        *,
-        knots: Sequence[float],
-        log_snr: Sequence[float],
-        num_levels: int | None = 256,
-        pixel_encoding: PixelEncoding = "bin_center",
-        prediction_type: PredictionType = "epsilon",
-        path: Path = "vp",
-    ) -> AnalyticStartModel:
-        """A model around `network`, with the tables of `images`.
-
-        Args:
-            network: of `3 C` input and `2 C` output channels.
-            images: `(N, C, H, W)` training images: integers `0..num_levels-1`, or with `num_levels=None` numbers.
-            others: see the class.
-        """
-        height, width = images.shape[2:]
-        model = cls(
-            network_class=type(network).__name__,
-            network_config=dict(network.config),
-            in_channels=images.shape[1],
-            sample_size=height if height == width else (height, width),
-            num_levels=num_levels,
-            pixel_encoding=pixel_encoding,
-            prediction_type=prediction_type,
-            knots=[float(t) for t in knots],
-            log_snr=[float(v) for v in log_snr],
-            path=path,
-        )
-        model.network = network
-        if num_levels is None:
-            model.start.measure(images, None, None)
-        else:
-            values = level_values(num_levels, pixel_encoding)
-            model.start.measure(values[images.long()], images, values)
-        return model
 
     def forward(
         self,

@@ -18,6 +18,7 @@ from vdm_diffusers.elbo_forms import Normal
 from vdm_diffusers.gaussian import alpha_sigma, diffuse
 from vdm_diffusers.models.calling import call_network
 from vdm_diffusers.numerics import at_least_float32, expand_to, noise_like
+from vdm_diffusers.pipelines.checkpoint_mixin import CheckpointMixin
 from vdm_diffusers.pipelines.pipeline_vdm import FORMAT_VERSION, OUTPUT_TYPES, VDMPipeline, levels_to_images
 from vdm_diffusers.prediction import convert
 from vdm_diffusers.time_sampling import low_discrepancy
@@ -49,7 +50,7 @@ class LatentBound:
         return Bound(prior=self.latent.prior, diffusion=rest, reconstruction=self.image)
 
 
-class LatentVDMPipeline(DiffusionPipeline):
+class LatentVDMPipeline(CheckpointMixin, DiffusionPipeline):
     r"""A VAE with a variational diffusion model as the prior of its latents, and one bound in bits/dim of the image:
 
         -ln p(k) <= E_q(z|x)[ -ln p(k | z) + ln q(z | x) + L(z) ],   L(z) >= -ln p(z) the diffusion model's own bound.
@@ -80,11 +81,6 @@ class LatentVDMPipeline(DiffusionPipeline):
     __module__ = "vdm_diffusers"
 
     model_cpu_offload_seq = "unet->vae"
-
-    # what is checked before loading, and what is pushed
-    from_pretrained, download = vars(VDMPipeline)["from_pretrained"], vars(VDMPipeline)["download"]
-    save_pretrained = VDMPipeline.save_pretrained
-    push_to_hub = VDMPipeline.push_to_hub
 
     def __init__(
         self,

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import os
-import pathlib
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -19,23 +15,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import CommitInfo
 
 from vdm_diffusers.decoders import PIXEL_ENCODINGS, decode_pixels
 from vdm_diffusers.gaussian import alpha_sigma
-from vdm_diffusers.hub import (
-    ModelDescription,
-    has_travelled,
-    publish_folder,
-    replacing_weights,
-    write_model_card,
-    write_travelling_code,
-)
 from vdm_diffusers.models.calling import call_network
 from vdm_diffusers.models.labels import default_label, null_label, num_classes
 from vdm_diffusers.numerics import as_generator, expand_to, whole_number
+from vdm_diffusers.pipelines.checkpoint_mixin import CheckpointMixin
 from vdm_diffusers.pipelines.conditioning import Images, KnownRegion, guide, image_tensor, image_values, mask_tensor
-from vdm_diffusers.safety import cache_if_unreachable, check_checkpoint, check_location, check_repository
 
 FORMAT_VERSION = 1  # of the checkpoint: raised when an older package would misread what a newer one wrote
 MAX_LEVELS = 2**16
@@ -43,7 +30,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 _PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
-class VDMPipeline(DiffusionPipeline):
+class VDMPipeline(CheckpointMixin, DiffusionPipeline):
     r"""Samples images of integer levels from a pixel-space diffusion model.
 
     The latents start at `z_1 ~ N(0, I)` and follow the scheduler's grid down. Where the schedule ends at clean data (a table of
@@ -96,126 +83,6 @@ class VDMPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(num_levels=num_levels, pixel_encoding=pixel_encoding, format_version=format_version)
         self._interrupt = False
-
-    # --- loading and saving -------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> VDMPipeline:
-        """Load from a folder or a repository of the Hub, as [`DiffusionPipeline.from_pretrained`] does, and more carefully.
-
-        Weights are read from safetensors only, and the checkpoint is looked over before anything is built from it, or, on the
-        Hub, downloaded (see `vdm_diffusers.safety`). Code of a repository is run with `trust_remote_code=True` alone.
-
-        Args:
-            pretrained_model_name_or_path, kwargs: as there: `torch_dtype`, `variant`, `revision`, `token`, `device_map`,
-                `local_files_only`, components such as `scheduler`, and the pipeline's own `num_levels`, `pixel_encoding`.
-
-        Raises:
-            UnsafeCheckpointError (a ValueError): the checkpoint is damaged, hostile, or contradicts itself.
-        """
-        if not kwargs.setdefault("use_safetensors", True):
-            raise ValueError("`use_safetensors` must be True: a pickled checkpoint runs code when it is loaded.")
-        check_location(pretrained_model_name_or_path)
-        if os.path.isdir(pretrained_model_name_or_path):
-            _check_folder(cls, pretrained_model_name_or_path, kwargs)
-        # not super(): `LatentVDMPipeline` has these four methods too, and is no subclass
-        return DiffusionPipeline.from_pretrained.__func__(cls, pretrained_model_name_or_path, **kwargs)
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike[str]:
-        """Fetch a repository into the cache, as [`DiffusionPipeline.download`] does, once its configs have been checked."""
-        if not kwargs.get("local_files_only"):
-            # what the cache holds is checked below
-            with cache_if_unreachable(pretrained_model_name) as cached:
-                check_repository(
-                    pretrained_model_name,
-                    pipeline=cls.__name__,
-                    revision=kwargs.get("revision"),
-                    token=kwargs.get("token"),
-                    cache_dir=kwargs.get("cache_dir"),
-                    passed=kwargs,
-                    trust_remote_code=kwargs.get("trust_remote_code", False),
-                )
-            kwargs |= cached
-        folder = DiffusionPipeline.download.__func__(cls, pretrained_model_name, **kwargs)
-        _check_folder(cls, folder, kwargs)
-        return folder
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        commit_message: str = "Upload VDMPipeline",
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-    ) -> None:
-        """Save as safetensors and JSON. Arguments as in [`DiffusionPipeline.save_pretrained`], the last five for `push_to_hub`.
-
-        A pipeline whose code came from a repository saves that code too, so that what it saves loads in the same way.
-
-        Raises:
-            ValueError: `safe_serialization=False`.
-        """
-        if not safe_serialization:
-            raise ValueError("`safe_serialization` must be True: a pickled checkpoint runs code when it is loaded.")
-        with replacing_weights(save_directory):
-            DiffusionPipeline.save_pretrained(self, save_directory, variant=variant, max_shard_size=max_shard_size)
-        if has_travelled():
-            write_travelling_code(save_directory)
-        if push_to_hub:
-            publish_folder(
-                save_directory,
-                repo_id or pathlib.Path(save_directory).resolve().name,
-                private=private,
-                create_pr=create_pr,
-                commit_message=commit_message,
-                token=token,
-            )
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        commit_message: str = "Upload VDMPipeline",
-        private: bool | None = None,
-        token: str | None = None,
-        create_pr: bool = False,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        *,
-        revision: str | None = None,
-        tag: str | None = None,
-        max_shard_size: int | str | None = None,
-        card: ModelDescription | None = None,
-        run_as_future: bool = False,
-    ) -> CommitInfo | Future[CommitInfo]:
-        """Publish on the Hub, with a card and with the code that loads it where this package is not installed.
-
-        Args:
-            repo_id, private, token, create_pr, revision, tag, commit_message, run_as_future: see
-                [`~vdm_diffusers.hub.publish_folder`], also on what is raised and returned.
-            safe_serialization, variant, max_shard_size: see `save_pretrained`.
-            card: what the model card says; `None`: the repository's own card stays, or a short one without figures is made.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, safe_serialization, variant, max_shard_size)
-            if card is not None:
-                write_model_card(folder, card)
-            return publish_folder(
-                folder,
-                repo_id,
-                private=private,
-                revision=revision,
-                create_pr=create_pr,
-                tag=tag,
-                commit_message=commit_message,
-                token=token,
-                run_as_future=run_as_future,
-            )
 
     @classmethod
     def from_pipe(
@@ -640,8 +507,3 @@ def _is_one(class_labels: int | Sequence[int] | torch.Tensor) -> bool:
 
 def _labels(class_labels: int | Sequence[int] | torch.Tensor, batch_size: int) -> torch.Tensor:
     return torch.as_tensor(class_labels).long().expand(batch_size)
-
-
-def _check_folder(pipeline: type, folder: str | os.PathLike[str], kwargs: dict[str, Any]) -> None:
-    trust = kwargs.get("trust_remote_code", False)
-    check_checkpoint(folder, pipeline=pipeline.__name__, passed=kwargs, trust_remote_code=trust)
