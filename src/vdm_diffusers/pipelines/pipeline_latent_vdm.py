@@ -19,7 +19,8 @@ from vdm_diffusers.gaussian import alpha_sigma, diffuse
 from vdm_diffusers.models.calling import call_network
 from vdm_diffusers.numerics import at_least_float32, expand_to, noise_like
 from vdm_diffusers.pipelines.checkpoint_mixin import CheckpointMixin
-from vdm_diffusers.pipelines.pipeline_vdm import FORMAT_VERSION, OUTPUT_TYPES, VDMPipeline, levels_to_images
+from vdm_diffusers.pipelines.images import levels_to_images
+from vdm_diffusers.pipelines.pipeline_vdm import FORMAT_VERSION, OUTPUT_TYPES, VDMPipeline
 from vdm_diffusers.prediction import convert
 from vdm_diffusers.time_sampling import low_discrepancy
 

@@ -23,11 +23,11 @@ from vdm_diffusers.models.labels import default_label, null_label, num_classes
 from vdm_diffusers.numerics import as_generator, expand_to, whole_number
 from vdm_diffusers.pipelines.checkpoint_mixin import CheckpointMixin
 from vdm_diffusers.pipelines.conditioning import Images, KnownRegion, guide, image_tensor, image_values, mask_tensor
+from vdm_diffusers.pipelines.images import PIL_MODES, levels_to_images
 
 FORMAT_VERSION = 1  # of the checkpoint: raised when an older package would misread what a newer one wrote
 MAX_LEVELS = 2**16
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-_PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 class VDMPipeline(CheckpointMixin, DiffusionPipeline):
@@ -468,7 +468,7 @@ class VDMPipeline(CheckpointMixin, DiffusionPipeline):
             if count is not None and count != batch_size:
                 raise ValueError(f"`{name}` must have one entry for each of the {batch_size} images, got {count}.")
         channels, size = self.unet.config.in_channels, self.unet.config.get("sample_size")
-        if output_type == "pil" and channels not in _PIL_MODES:
+        if output_type == "pil" and channels not in PIL_MODES:
             raise ValueError(
                 f"`output_type='pil'` needs 1 to 4 channels, the model has {channels}: take 'np' or 'pt'."
             )
@@ -486,19 +486,6 @@ class VDMPipeline(CheckpointMixin, DiffusionPipeline):
             )
         height, width = (size, size) if isinstance(size, int) else size
         return (batch_size, channels, height, width)
-
-
-def levels_to_images(levels: torch.Tensor, num_levels: int, output_type: str) -> Any:
-    """Integer levels `(B, C, H, W)` as `"pt"` or `"np"` arrays in [0, 1], or as a list of 8-bit PIL images."""
-    highest = num_levels - 1
-    if output_type == "pt":
-        return levels.to(torch.float32) / highest
-    pixels = levels.permute(0, 2, 3, 1).cpu().numpy()
-    if output_type == "np":
-        return pixels.astype(np.float32) / np.float32(highest)
-    pixels = ((2 * pixels * 255 + highest) // (2 * highest)).astype(np.uint8)  # rounded in whole numbers
-    mode = _PIL_MODES[pixels.shape[-1]]
-    return [PIL.Image.fromarray(image[..., 0] if mode == "L" else image, mode=mode) for image in pixels]
 
 
 def _is_one(class_labels: int | Sequence[int] | torch.Tensor) -> bool:
