@@ -12,7 +12,14 @@ import sys
 from diffusers.models.modeling_utils import ModelMixin as ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 
-from .evaluation import estimate_optimal_variance, evaluate_likelihood
+from .evaluation import (
+    Continuous,
+    Discrete,
+    ImportanceWeighted,
+    ProbabilityFlow,
+    estimate_optimal_variance,
+    evaluate_likelihood,
+)
 from .latent_evaluation import evaluate_latent_likelihood
 from .likelihood import LikelihoodReport
 from .models import (
@@ -32,11 +39,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AnalyticStartModel",
+    "Continuous",
+    "Discrete",
     "FourierFeaturesUNet",
     "HierarchicalVAE",
+    "ImportanceWeighted",
     "LatentVDMPipeline",
     "LearnedNoiseSchedule",
     "LikelihoodReport",
+    "ProbabilityFlow",
     "VDMFlowScheduler",
     "VDMPipeline",
     "VDMScheduler",

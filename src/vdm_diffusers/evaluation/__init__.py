@@ -2,7 +2,12 @@
 
 from vdm_diffusers.evaluation.chains import Grid as Grid
 from vdm_diffusers.evaluation.chains import chain_log_snrs as chain_log_snrs
-from vdm_diffusers.evaluation.likelihood import METHODS as METHODS
-from vdm_diffusers.evaluation.likelihood import Method as Method
 from vdm_diffusers.evaluation.likelihood import evaluate_likelihood as evaluate_likelihood
+from vdm_diffusers.evaluation.methods import METHODS as METHODS
+from vdm_diffusers.evaluation.methods import Continuous as Continuous
+from vdm_diffusers.evaluation.methods import Discrete as Discrete
+from vdm_diffusers.evaluation.methods import EstimationMethod as EstimationMethod
+from vdm_diffusers.evaluation.methods import ImportanceWeighted as ImportanceWeighted
+from vdm_diffusers.evaluation.methods import Method as Method
+from vdm_diffusers.evaluation.methods import ProbabilityFlow as ProbabilityFlow
 from vdm_diffusers.evaluation.optimal_variance import estimate_optimal_variance as estimate_optimal_variance

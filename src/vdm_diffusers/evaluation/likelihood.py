@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +14,16 @@ from tqdm.auto import tqdm
 from vdm_diffusers.decoders import PixelEncoding
 from vdm_diffusers.evaluation.adapters import device_and_dtype, eval_mode, prepare, unpack
 from vdm_diffusers.evaluation.chains import Grid, adopt, chain_log_snrs, decoder_of, optimal_of, reverse_variance_of
+from vdm_diffusers.evaluation.latent_models import evaluate_latent_model
+from vdm_diffusers.evaluation.methods import (
+    Continuous,
+    Discrete,
+    EstimationMethod,
+    ImportanceWeighted,
+    Method,
+    ProbabilityFlow,
+    chosen_method,
+)
 from vdm_diffusers.evaluation.sharing import rank_and_size, resume_folder, run_shared, shared_seed
 from vdm_diffusers.likelihood import (
     ContinuousTerm,
@@ -27,11 +36,10 @@ from vdm_diffusers.likelihood import (
     evaluate_bound,
     evaluate_importance_weighted,
 )
+from vdm_diffusers.models import HierarchicalVAE, VariationalAutoencoder
 from vdm_diffusers.numerics import as_generator, whole_number
+from vdm_diffusers.pipelines import LatentVDMPipeline
 from vdm_diffusers.probability_flow import Dequantization, Divergence, evaluate_flow
-
-Method = Literal["continuous", "discrete", "ode", "importance_weighted"]
-METHODS: tuple[str, ...] = get_args(Method)
 
 _DECODERS = {SoftmaxDecoder: "softmax", GaussianDecoder: "discretized_gaussian", DensityDecoder: "gaussian_density"}
 
@@ -41,7 +49,7 @@ def evaluate_likelihood(
     images: Any,
     *,
     scheduler: Any = None,
-    method: Method | None = None,
+    method: Method | EstimationMethod | None = None,
     num_steps: int | None = None,
     grid: Grid | Sequence[float] | Tensor | None = None,
     num_samples: int = 16,
@@ -54,12 +62,12 @@ def evaluate_likelihood(
     progress_bar: bool = True,
     variance_type: str | None = None,
     clip_denoised: bool = False,
-    variance_reduction: bool = True,
+    variance_reduction: bool | None = None,
     target_standard_error: float | None = None,
     max_model_evaluations: int | None = None,
-    dequantization: Dequantization = "none",
-    divergence: Divergence = "hutchinson",
-    tolerance: float = 1e-5,
+    dequantization: Dequantization | None = None,
+    divergence: Divergence | None = None,
+    tolerance: float | None = None,
     resume_dir: str | Path | None = None,
     accelerator: Any = None,
 ) -> LikelihoodReport:
@@ -79,7 +87,8 @@ def evaluate_likelihood(
     second step (or the network's own, if learned); in continuous time it is interpolated linearly in log SNR. Nothing is clipped.
 
     Args:
-        model: a [`VDMPipeline`], any pipeline with `unet` and `scheduler` that works on pixels, or, with `scheduler`, any
+        model: a [`VDMPipeline`]; a [`VariationalAutoencoder`], [`HierarchicalVAE`] or [`LatentVDMPipeline`], whose own (joint) bound is
+            evaluated in `num_samples` passes; any pipeline with `unet` and `scheduler` that works on pixels, or, with `scheduler`, any
             callable `(sample, timestep) -> prediction` that returns a tensor or an object with `.sample`. A module is put into
             eval mode meanwhile. It is given the sample in its own dtype on its own device (a mere callable: float32,
             CPU) and timesteps `(B,)`: int64 if they are whole numbers, else float32.
@@ -87,7 +96,8 @@ def evaluate_likelihood(
             of PIL images; or a `datasets.Dataset` with a column of images. Each image is counted once.
         scheduler: what the model was trained with, a [`VDMScheduler`] or one of Diffusers' with a table of betas. Default:
             the pipeline's.
-        method: see above.
+        method: a word from above, or an object with options of its own: [`Continuous`], [`Discrete`], [`ImportanceWeighted`],
+            [`ProbabilityFlow`]. The words take their options from the arguments here; an option of another method is refused.
         num_steps: steps of the discrete chain. Default: the scheduler's `num_train_timesteps`.
         grid: where they are: `"time"`, uniform in t (in a table's index); `"log_snr"`, uniform in log SNR; `"optimal"`, chosen by dynamic
             programming for the smallest bound (needs the scheduler's `optimal_variance`); or the log SNRs themselves, decreasing, both
@@ -140,46 +150,44 @@ def evaluate_likelihood(
     """
     generator = as_generator(generator)
     assert not isinstance(generator, int)
-    num_samples, num_steps, batch_size, max_model_evaluations = (
+    num_samples, batch_size, max_model_evaluations = (
         whole_number(name, value)
         for name, value in (
             ("num_samples", num_samples),
-            ("num_steps", num_steps),
             ("batch_size", batch_size),
             ("max_model_evaluations", max_model_evaluations),
         )
     )
-    for name, text, allowed in (
-        ("dequantization", dequantization, get_args(Dequantization)),
-        ("divergence", divergence, get_args(Divergence)),
-    ):
-        if text not in allowed:
-            raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {text!r}.")
-    if not 0 < tolerance < math.inf:
-        raise ValueError(f"`tolerance` must be a positive number, got {tolerance}.")
+    options = {
+        "num_steps": num_steps,
+        "grid": grid,
+        "variance_type": variance_type,
+        "dequantization": dequantization,
+        "divergence": divergence,
+        "tolerance": tolerance,
+        "variance_reduction": variance_reduction,
+    }
+    if isinstance(model, LatentVDMPipeline | VariationalAutoencoder | HierarchicalVAE):
+        given = options | {"scheduler": scheduler, "model_kwargs": model_kwargs, "resume_dir": resume_dir}
+        given |= {"class_labels": class_labels, "accelerator": accelerator}
+        shared: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "progress_bar": progress_bar}
+        limits: dict[str, Any] = {
+            "target_standard_error": target_standard_error,
+            "max_model_evaluations": max_model_evaluations,
+        }
+        return evaluate_latent_model(model, images, method, given, generator=generator, **shared, **limits)
     network, scheduler, num_levels, pixel_encoding = unpack(model, scheduler, num_levels, pixel_encoding)
     chain = adopt(scheduler)
     if method is None:
         method = "continuous" if chain.timeline.entries is None else "discrete"
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
-    is_chain = method in ("discrete", "importance_weighted")
-    _check_options(
-        method,
-        {
-            "num_steps": num_steps,
-            "grid": grid,
-            "variance_type": variance_type,
-            "dequantization": None if dequantization == "none" else dequantization,
-            "divergence": None if divergence == "hutchinson" else divergence,
-            "tolerance": None if tolerance == 1e-5 else tolerance,
-            "variance_reduction": None if variance_reduction else variance_reduction,
-        },
-    )
+    way = chosen_method(method, options)
+    is_chain = isinstance(way, Discrete | ImportanceWeighted)
+    num_steps, grid = (way.num_steps, way.grid) if isinstance(way, Discrete | ImportanceWeighted) else (None, None)
+    variance_type = None if isinstance(way, ProbabilityFlow) else way.variance_type
     schedule = chain.noise_schedule
     kind = reverse_variance_of(variance_type or chain.config.variance_type, is_chain, num_steps, chain)
     term: DiffusionTerm | None = None
-    if method == "continuous":
+    if isinstance(way, Continuous):
         term = ContinuousTerm(schedule.log_snr_max, schedule.log_snr_min)
     elif is_chain:
         log_snrs = chain_log_snrs(chain, num_steps, grid, kind)
@@ -199,7 +207,9 @@ def evaluate_likelihood(
         "pixel_encoding": None if num_levels is None else pixel_encoding,
         "prediction_type": chain.config.prediction_type,
         "reverse_variance": (f"{kind}_per_frequency" if by_frequency else kind) if is_chain else None,
-        "decoder": _DECODERS[type(decoder)] if dequantization == "none" else None,
+        "decoder": None
+        if isinstance(way, ProbabilityFlow) and way.dequantization != "none"
+        else _DECODERS[type(decoder)],
         "log_snr_max": schedule.log_snr_max,
         "log_snr_min": schedule.log_snr_min,
         "clip_denoised": clip_denoised,
@@ -209,7 +219,7 @@ def evaluate_likelihood(
         settings["chain"] = f"ancestral (the scheduler samples with stochasticity {chain.config.stochasticity})"
     seed = 0 if generator is None and resume_dir is not None else shared_seed(generator, accelerator)
     per_image = num_samples
-    if isinstance(term, DiscreteTerm) and method == "importance_weighted":
+    if isinstance(term, DiscreteTerm) and isinstance(way, ImportanceWeighted):
         per_image = num_samples // 2 * 2 * (term.num_steps + isinstance(decoder, GaussianDecoder))
     with (
         eval_mode(network),
@@ -217,13 +227,14 @@ def evaluate_likelihood(
         tqdm(total=len(levels) * per_image, disable=not progress_bar or rank_and_size(accelerator)[0] > 0) as bar,
     ):
         own: dict[str, Any] = {}  # that the figure depends on besides the settings
-        if method == "ode":
-            own = {"dequantization": dequantization, "divergence": divergence, "rtol": tolerance, "atol": tolerance}
-        elif method != "importance_weighted":
-            own = {"variance_reduction": variance_reduction}
+        if isinstance(way, ProbabilityFlow):
+            own = {"dequantization": way.dequantization, "divergence": way.divergence}
+            own |= {"rtol": way.tolerance, "atol": way.tolerance}
+        elif not isinstance(way, ImportanceWeighted):
+            own = {"variance_reduction": way.variance_reduction}
         folder = None
         if resume_dir is not None:
-            identity = settings | own | {"method": method, "batch_size": batch_size, "seed": seed}
+            identity = settings | own | {"method": way.name, "batch_size": batch_size, "seed": seed}
             folder = resume_folder(Path(resume_dir), network, denoiser, levels, identity, term, decoder)
         common: dict[str, Any] = {
             "num_samples": num_samples,
@@ -235,36 +246,15 @@ def evaluate_likelihood(
             "progress": bar.update,
             "runner": partial(run_shared, folder, accelerator),
         } | own
-        if method == "ode":
+        if isinstance(way, ProbabilityFlow):
             own_decoder = decoder if isinstance(decoder, GaussianDecoder) else None
             report = evaluate_flow(
                 denoiser, levels, schedule.log_snr_max, schedule.log_snr_min, decoder=own_decoder, **common
             )
         else:
-            estimator = evaluate_importance_weighted if method == "importance_weighted" else evaluate_bound
+            estimator = evaluate_importance_weighted if isinstance(way, ImportanceWeighted) else evaluate_bound
             report = estimator(denoiser, levels, cast(Any, term), decoder, schedule.log_snr_min, **common)
     if "variance_reduction" in own:
-        settings["variance_reduction"] = variance_reduction
+        settings["variance_reduction"] = own["variance_reduction"]
     report.settings.update(settings)
     return report
-
-
-_MEANS_SOMETHING_WITH = {
-    "num_steps": ("discrete", "importance_weighted"),
-    "grid": ("discrete", "importance_weighted"),
-    "variance_type": ("discrete", "importance_weighted", "continuous"),
-    "dequantization": ("ode",),
-    "divergence": ("ode",),
-    "tolerance": ("ode",),
-    "variance_reduction": ("discrete", "continuous"),
-}
-
-
-def _check_options(method: str, options: dict[str, Any]) -> None:
-    """Raise ValueError for an option, None where it was not given, that means nothing to the method."""
-    for name, value in options.items():
-        methods = _MEANS_SOMETHING_WITH[name]
-        if value is not None and method not in methods:
-            raise ValueError(
-                f"`{name}` belongs to method={' or '.join(map(repr, methods))}, got {value} with method={method!r}: leave it out."
-            )
