@@ -108,7 +108,7 @@ def describe(
         duration=duration.group(1),
         measurements=[measurement],
         limitations=[
-            f"It knows {training['train_images']} and nothing else; it is an example of the method, not a model of handwriting.",
+            f"It knows {training['train_images']} and nothing else; it is an example of the method.",
             *args.limitation,
         ],
         location=str(args.card),
