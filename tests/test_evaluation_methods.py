@@ -97,6 +97,12 @@ def test_models_with_an_encoder_go_through_the_same_door():
 
 def test_a_hierarchy_goes_through_it_too():
     model = HierarchicalVAE(
-        in_channels=1, sample_size=4, num_layers=2, latent_channels=2, block_out_channels=(8, 8), norm_num_groups=4, num_levels=17
+        in_channels=1,
+        sample_size=4,
+        num_layers=2,
+        latent_channels=2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        num_levels=17,
     )
     assert evaluate_likelihood(model, IMAGES, num_samples=3, progress_bar=False).standard_error > 0
