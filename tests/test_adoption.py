@@ -346,7 +346,9 @@ def test_warnings_are_none_for_ordinary_configurations():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for peer in (DDPMScheduler(), LCMScheduler(), DPMSolverMultistepScheduler(use_karras_sigmas=True)):
-            VDMScheduler.from_config(peer.config).set_timesteps(4)
+            scheduler = VDMScheduler.from_config(peer.config)
+            scheduler.set_timesteps(4)
+            assert len(scheduler.timesteps) == 4
 
 
 COMPATIBLE = [

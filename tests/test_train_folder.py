@@ -80,7 +80,9 @@ def test_half_a_lock_is_nobody_s(text, tmp_path):
     (tmp_path / LOCK_FILE).write_text(text)
     lock = RunLock(tmp_path)
     lock.acquire()
+    assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
     lock.release()
+    assert not (tmp_path / LOCK_FILE).exists()
 
 
 # --- what is removed --------------------------------------------------------------------------------------------------

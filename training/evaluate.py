@@ -95,7 +95,7 @@ def evaluate(
         progress_bar=True,
     )
     error = combined_error([result["standard_error"], result["sampling_error"]])
-    profile = loss_by_log_snr(pipeline, images, seed=args.seed, batch_size=args.batch_size)
+    profile = loss_by_log_snr(pipeline, images, seed=args.seed, batch_size=args.batch_size, progress_bar=True)
     width = profile[0]["log_snr"] - profile[1]["log_snr"]
     result |= {
         "combined_error": error,

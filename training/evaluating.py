@@ -13,6 +13,7 @@ from class_labels import labels_to_evaluate
 from data import ImageSet
 from randomness import generator_for
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from vdm_diffusers import VDMPipeline, evaluate_likelihood
 from vdm_diffusers.decoders import encode_pixels
@@ -118,6 +119,7 @@ def loss_by_log_snr(
     num_points: int = 40,
     max_images: int = 512,
     batch_size: int = 64,
+    progress_bar: bool = False,
 ) -> list[dict[str, float]]:
     """The diffusion term per unit of log SNR, 1/2 E|eps - eps_hat|^2 in bits/dim, at evenly spaced log SNRs.
 
@@ -137,7 +139,7 @@ def loss_by_log_snr(
     predict = Predictor(pipeline.unet, scheduler, device, labels, {}, len(images))
     source = scheduler.timeline.on_vp(torch.zeros(1).double(), scheduler.config.prediction_type)[0]
     points = []
-    for index in range(num_points):
+    for index in tqdm(range(num_points), desc="loss by log SNR", disable=not progress_bar):
         log_snr = highest - (index + 0.5) * width
         generator, errors = generator_for(seed, "profile", index), []
         for batch in chosen.split(batch_size):

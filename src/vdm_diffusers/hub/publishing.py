@@ -16,15 +16,15 @@ from functools import cache
 
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 
 from vdm_diffusers.hub.cards import PICTURES, class_name, index_file, short_card, with_usage
 from vdm_diffusers.hub.measurements import TOKEN
 from vdm_diffusers.hub.travelling import CODE_PATHS, travelling_code
+from vdm_diffusers.safety import HTTP_ERROR
 
 logger = logging.get_logger(__name__)
-HUB_ERRORS = (OSError, ValueError, HfHubHTTPError.__bases__[0])
+HUB_ERRORS = (OSError, ValueError, HTTP_ERROR)
 """What a push may fail with: no connection, an answer that is an error, nobody logged in, a name that is none, no right to push."""
 _WEIGHT_FILE = re.compile(
     r"(?:diffusion_pytorch_model|model)\S*\.(?:safetensors|bin|index\S*\.json|safetensors\.index\S*\.json)"

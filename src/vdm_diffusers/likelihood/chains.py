@@ -17,8 +17,7 @@ from ..prediction import convert
 from ..repetitions import mix_seed
 from ..reverse_variance import OptimalVariance
 from .denoising_model import DenoisingModel, sum64
-from .importance_weighted import draw_noise
-from .placement import noise_of
+from .placement import draw_noise, noise_of
 
 
 def sample_chain(

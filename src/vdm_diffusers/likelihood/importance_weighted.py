@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -153,8 +153,3 @@ def _chain_log_weights(
             math.exp(decoder.log_snr_0) * sum64(rest**2) + x[0].numel() * (math.log(2 * math.pi) - decoder.log_snr_0)
         )
     return log_weight
-
-
-def draw_noise(generators: Sequence[torch.Generator], shape: torch.Size) -> Tensor:
-    """Standard normal noise (M, *shape) float32, each row from a generator of its own."""
-    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])

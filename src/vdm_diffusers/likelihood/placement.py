@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,3 +114,8 @@ def noise_of(
         mine = inverse == i
         noise[mine] = drawn[place[mine]]
     return noise
+
+
+def draw_noise(generators: Sequence[torch.Generator], shape: torch.Size) -> Tensor:
+    """Standard normal noise (M, *shape) float32, each row from a generator of its own."""
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])

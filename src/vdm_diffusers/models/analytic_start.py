@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -77,6 +77,21 @@ class _LevelMean(torch.autograd.Function):
         return gradients[0] * slope_m, gradients[0] * slope_v, None, None
 
 
+class NoiseLevel(NamedTuple):
+    """The noise in a batch, all `(B, 1, 1, 1)`: z = alpha x + sigma eps, snr = alpha^2 / sigma^2, slope = alpha / sigma^2."""
+
+    alpha: Tensor
+    sigma: Tensor
+    snr: Tensor
+    slope: Tensor
+
+    @classmethod
+    def of(cls, log_snr: Tensor, path: Path) -> NoiseLevel:
+        """At log SNRs `(B,)`, in their dtype."""
+        alpha, sigma = (c.to(log_snr) for c in alpha_sigma(log_snr.double(), path))
+        return cls(*(c.reshape(-1, 1, 1, 1) for c in (alpha, sigma, log_snr.exp(), alpha / sigma**2)))
+
+
 class AnalyticStart(nn.Module):
     """The tables of a data set, and what they say about each pixel of a noisy image.
 
@@ -103,7 +118,7 @@ class AnalyticStart(nn.Module):
         channels, height, width = shape
         dimension = math.prod(shape)
         whole = dimension <= FULL_COVARIANCE
-        self.shape, self.num_levels = tuple(shape), num_levels
+        self.shape = tuple(shape)
         self.register_buffer("mean", torch.zeros(*shape))
         self.register_buffer("variance", torch.ones(dimension if whole else shape))
         self.register_buffer("basis", torch.eye(dimension) if whole else None)  # rows: principal directions
@@ -112,24 +127,22 @@ class AnalyticStart(nn.Module):
             self.register_buffer(name, None if whole else cosine_transform(n).float(), persistent=False)
         self.register_buffer("log_frequencies", None if num_levels is None else torch.zeros(num_levels))
 
-    def cavity(self, z: Tensor, log_snr: Tensor, path: Path) -> tuple[Tensor, Tensor]:
+    def cavity(self, z: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """What the other pixels say of each pixel, as a Gaussian.
 
         Args:
             z: `(B, C, H, W)`, float32 or better.
-            log_snr: `(B,)`, in z's dtype.
+            level: of z.
         Returns:
             mean and variance, both of z's shape.
         """
-        alpha, sigma = (c.to(z) for c in alpha_sigma(log_snr.double(), path))
-        snr, alpha, slope = (c.reshape(-1, 1, 1, 1) for c in (log_snr.exp(), alpha, alpha / sigma**2))
         prior = self.variance.to(z)
-        posterior = prior / (1 + snr.reshape(-1, *[1] * prior.ndim) * prior)
-        coordinates = self._transform(z - alpha * self.mean.to(z))
+        posterior = prior / (1 + level.snr.reshape(-1, *[1] * prior.ndim) * prior)
+        coordinates = self._transform(z - level.alpha * self.mean.to(z))
         deviation = self._inverse(posterior * coordinates)
-        mean, variance = self.mean.to(z) + slope * deviation, self.spread(posterior)
-        precision = (1 / variance - snr).clamp(min=1e-6 * snr + 1e-4)
-        return (mean / variance - slope * z) / precision, 1 / precision
+        mean, variance = self.mean.to(z) + level.slope * deviation, self.spread(posterior)
+        precision = (1 / variance - level.snr).clamp(min=1e-6 * level.snr + 1e-4)
+        return (mean / variance - level.slope * z) / precision, 1 / precision
 
     def _transform(self, x: Tensor) -> Tensor:
         if self.basis is not None:
@@ -153,9 +166,8 @@ class AnalyticStart(nn.Module):
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             moved = self._buffers[name]
-            if (
-                moved is not None and moved.dtype != buffer.dtype
-            ):  # the tables are data, not weights: they are moved, never rounded
+            # the tables are data, not weights: they are moved, never rounded
+            if moved is not None and moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
         return self
 
@@ -248,9 +260,10 @@ class AnalyticStartModel(ModelMixin, ConfigMixin):
         z = sample.to(torch.promote_types(sample.dtype, torch.float32))
         with torch.autocast(z.device.type, enabled=False):
             log_snr = self.log_snr_at(timestep).to(z).expand(len(z))
-            alpha, sigma = (c.to(z).reshape(-1, 1, 1, 1) for c in alpha_sigma(log_snr.double(), self.config.path))
-            mean, variance = self.start.cavity(z, log_snr, self.config.path)
-            estimate = self._with_own_pixel(z, log_snr, mean, variance)
+            level = NoiseLevel.of(log_snr, self.config.path)
+            alpha, sigma = level.alpha, level.sigma
+            mean, variance = self.start.cavity(z, level)
+            estimate = self._with_own_pixel(z, level, mean, variance)
             surprise = (z - alpha * mean) / (alpha**2 * variance + sigma**2).sqrt()
             inputs = torch.cat([z / (alpha**2 + sigma**2).sqrt(), estimate, surprise], dim=1)
         answer = self.network(inputs.to(self.network.dtype), timestep, class_labels=class_labels, return_dict=False)[0]
@@ -258,7 +271,7 @@ class AnalyticStartModel(ModelMixin, ConfigMixin):
             shift, log_scale = answer.to(z.dtype).chunk(2, dim=1)
             mean = mean + variance.sqrt() * shift
             variance = variance * torch.exp(2 * _MAX_LOG_SCALE * torch.tanh(log_scale / _MAX_LOG_SCALE))
-            x_hat = self._with_own_pixel(z, log_snr, mean, variance)
+            x_hat = self._with_own_pixel(z, level, mean, variance)
             output = convert(
                 x_hat, z, log_snr, source="sample", target=self.config.prediction_type, path=self.config.path
             ).to(sample.dtype)
@@ -272,12 +285,10 @@ class AnalyticStartModel(ModelMixin, ConfigMixin):
         fraction = ((time - knots[right - 1]) / (knots[right] - knots[right - 1])).clamp(0, 1)
         return torch.lerp(values[right - 1], values[right], fraction).clamp(-_MAX_LOG_SNR, _MAX_LOG_SNR)
 
-    def _with_own_pixel(self, z: Tensor, log_snr: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    def _with_own_pixel(self, z: Tensor, level: NoiseLevel, mean: Tensor, variance: Tensor) -> Tensor:
         """E[x_i] from the cavity of each pixel and its own observation: step 3 of the module's equations."""
-        alpha, sigma = (c.to(z).reshape(-1, 1, 1, 1) for c in alpha_sigma(log_snr.double(), self.config.path))
-        snr, slope = log_snr.exp().reshape(-1, 1, 1, 1), alpha / sigma**2
-        precision = 1 / variance + snr
-        m = (mean / variance + slope * z) / precision
+        precision = 1 / variance + level.snr
+        m = (mean / variance + level.slope * z) / precision
         if self.config.num_levels is None:
             return m
         return _LevelMean.apply(m, 1 / precision, self.start.values.to(z), self.start.log_frequencies.to(z))

@@ -73,7 +73,7 @@ def _measure(start: AnalyticStart, images: Tensor, levels: Tensor | None, values
     if start.basis is not None:
         start.mean.copy_(x.mean(0))
         flat = (x - x.mean(0)).flatten(1)
-        # an eighth of an image's worth of white noise keeps pixels that never vary invertible
+        # a little white noise, less of it the more images there are, keeps pixels that never vary invertible
         ridge = 8 * flat.square().mean() / (len(x) + 8) * 1e-3
         eigenvalues, vectors = torch.linalg.eigh(flat.T @ flat / len(x) + ridge * torch.eye(flat.shape[1]).to(x))
         start.variance.copy_(eigenvalues.clamp(min=1e-7))

@@ -11,10 +11,8 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 logger = logging.get_logger(__name__)
 
-
-HTTP_ERROR = HfHubHTTPError.__bases__[
-    0
-]  # of the library that huggingface_hub uses: no connection, and answers that are errors
+# of the library that huggingface_hub uses: no connection, and answers that are errors
+HTTP_ERROR = HfHubHTTPError.__bases__[0]
 OWN_FOLDERS = ("outputs/", "model_cards/")  # of this project's commands: no owner of repositories
 
 
