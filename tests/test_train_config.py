@@ -1,6 +1,7 @@
 """The arguments of train.py: names, recipes, coercion, refusals."""
 
 import dataclasses
+import json
 import math
 import re
 import subprocess
@@ -274,6 +275,8 @@ def test_every_recipe_parses_and_describes_a_network_that_can_be_built(recipe):
     parsed = arguments.parse_arguments(["--config", recipe])
     assert Path(recipe).stem in parsed.run.output_dir
     size = parsed.data.resolution or 8
+    if parsed.model.model_config_name_or_path:
+        size = json.loads(Path(parsed.model.model_config_name_or_path).read_text(encoding="utf-8"))["sample_size"]
     channels = 1 if parsed.data.image_mode == "L" or parsed.data.dataset_name is None else 3
     levels = 17 if parsed.data.dataset_name is None and parsed.data.train_data_dir is None else 256
     pictures = torch.zeros(2, channels, size, size, dtype=torch.uint8)

@@ -138,16 +138,20 @@ def _from_config(source: str, args: Arguments, images: ImageSet, *, weights: boo
     else:
         network = _CLASSES[name].from_config(config)
     channels, height, width = images.images.shape[1:]
+    start = args.model.analytic_start
+    takes = 3 * channels if start else channels
+    returns = 2 * channels if start else _out_channels(args, channels)
+    wanted = " (with --analytic_start it takes three for each of theirs and returns two)" if start else ""
     size = network.config.sample_size
     size = (size, size) if isinstance(size, int) else tuple(size or (height, width))
     problems = [
         (
-            network.config.in_channels != channels,
-            f"takes {network.config.in_channels} channels, the images have {channels}",
+            network.config.in_channels != takes,
+            f"takes {network.config.in_channels} channels, not {takes}: the images have {channels}{wanted}",
         ),
         (
-            (network.config.out_channels or channels) != _out_channels(args, channels),
-            f"returns {network.config.out_channels or channels} channels, not {_out_channels(args, channels)}",
+            (network.config.out_channels or channels) != returns,
+            f"returns {network.config.out_channels or channels} channels, not {returns}{wanted}",
         ),
         (size != (height, width), f"has sample_size {size}, the images {(height, width)} (see --resolution)"),
         (
@@ -171,4 +175,4 @@ def _from_config(source: str, args: Arguments, images: ImageSet, *, weights: boo
     found = [text for wrong, text in problems if wrong]
     if found:
         raise DataError(f"the network of {asked} {'; and '.join(found)}.")
-    return network
+    return _with_analytic_start(network, args, images) if start else network

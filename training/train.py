@@ -103,6 +103,7 @@ from networks import compile_network, make_network, no_class_label
 from optimizers import clip_gradients, make_optimizer
 from output_folder import FolderError, RunLock, check_output_dir, set_aside, start_anew
 from plots import image_grid
+from precision import chosen_precision, slow_bf16
 from randomness import DataOrder, seed_dropout
 from safetensors.torch import load_file, save_file
 from sharding import clip_divided_gradients, gathered, in_precision, load_gathered_optimizer, requested_sharding, shard
@@ -240,16 +241,6 @@ def hub_repository(args: Arguments, output_dir: Path) -> str | None:
         raise SetupError(
             f"--push_to_hub: {one_line(error)} (Without it the run can be published later, see docs/hub.md.)"
         ) from error
-
-
-def slow_bf16(accelerator: Accelerator) -> str | None:
-    """A warning where bf16 is computed by a CPU that has no units for it."""
-    flags = Path("/proc/cpuinfo")
-    if accelerator.mixed_precision != "bf16" or accelerator.device.type != "cpu" or not flags.is_file():
-        return None
-    if {"amx_bf16", "avx512_bf16"} & set(flags.read_text(encoding="utf-8").split()):
-        return None
-    return "warning: this CPU has no units for bf16, which takes some ten times as long as float32 here: --mixed_precision no"
 
 
 def peak_memory(device: torch.device) -> float:
@@ -547,7 +538,7 @@ class Training:
 
         if optimization.allow_tf32 and device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        self.warnings += [slow_bf16(accelerator)]
+        self.warnings += [slow_bf16(accelerator.mixed_precision, device)]
         self.warnings += [*self.train_images.warnings, *self.eval_images.warnings]
         self.figure = figure_name(args.data, evaluation_split(args.data), conditional=args.model.class_conditional)
         if self.stream is None and accelerator.is_main_process:
@@ -1327,7 +1318,7 @@ def make_accelerator(args: Arguments) -> Accelerator:
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=args.optimization.gradient_accumulation_steps,
-            mixed_precision=args.optimization.mixed_precision,
+            mixed_precision=chosen_precision(args.optimization.mixed_precision),
             log_with=logger,
             project_config=folders,
             kwargs_handlers=[

@@ -331,8 +331,11 @@ class OptimizationArguments:
     )
     ema_power: float = argument(0.75, "See --ema_inv_gamma.", bounds=POSITIVE)
     ema_max_decay: float = argument(0.9999, "Highest decay of the average.", bounds=SHARE)
-    mixed_precision: Literal["no", "fp16", "bf16"] = argument(
-        "no", "Precision of the network's arithmetic. Noise, loss and optimiser stay in float32.", basic=True
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = argument(
+        "no",
+        "Precision of the network's arithmetic. Noise, loss and optimiser stay in float32. auto: bf16 on a GPU or CPU that has units for it, "
+        "else no (float32); the start of the run says which.",
+        basic=True,
     )
     allow_tf32: bool = argument(
         False, "Multiply float32 matrices with TF32 on a GPU: faster, with 10 bits of mantissa."

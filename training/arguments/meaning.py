@@ -70,12 +70,12 @@ RULES = (
         lambda a: a.model.model == "vdm",
     ),
     Rule(
-        (*SIZES_OF_THE_U_NET, "fourier_exponents", "norm_num_groups", "dropout", "analytic_start"),
+        (*SIZES_OF_THE_U_NET, "fourier_exponents", "norm_num_groups", "dropout"),
         "neither --model_config_name_or_path nor --pretrained_model_name_or_path, which say it",
         lambda a: a.model.model_config_name_or_path is None and a.model.pretrained_model_name_or_path is None,
     ),
     Rule(
-        ("model_config_name_or_path",),
+        ("model_config_name_or_path", "analytic_start"),
         "no --pretrained_model_name_or_path, which says it",
         lambda a: a.model.pretrained_model_name_or_path is None,
     ),
