@@ -14,12 +14,12 @@ import torch
 from checkpoints import CheckpointError
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hub_double import HubDouble
-from loading import folder_name, is_on_hub, load_model
 from safetensors.torch import load_file, save_file
 from warm_client import WarmClient
 
 from vdm_diffusers import HierarchicalVAE, VariationalAutoencoder, VDMPipeline, VDMScheduler, VDMUNet2DModel
 from vdm_diffusers.hub import ModelDescription, Provenance, publish_folder, redact, write_model_card
+from vdm_diffusers.loading import folder_name, is_on_hub, load_model
 from vdm_diffusers.safety import UnsafeCheckpointError, read_header
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -45,11 +45,13 @@ CORE = [
 ROOMS = [
     *CORE,
     "probability_flow",
+    "manifest",
     "safety",
     "models",
     "schedulers",
     "hub",
     "pipelines",
+    "loading",
     "evaluation",
     "compression",
     "registration",

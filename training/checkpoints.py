@@ -9,7 +9,6 @@ renaming them away, for the same reason.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -22,14 +21,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-MANIFEST = "manifest.json"
+from vdm_diffusers.manifest import CheckpointError, verify, write_manifest
+
 _TEMPORARY = ".incomplete-"
 _DISCARDED = ".discarded-"
 _NAME = re.compile(r"checkpoint-(\d+)")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is damaged or missing."""
 
 
 class SaveError(RuntimeError):
@@ -106,7 +102,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        _write_manifest(temporary)
+        write_manifest(temporary)
         _flush_tree(temporary)
         if target.exists():
             discard(target)
@@ -130,22 +126,6 @@ def clean_up(folder: Path) -> None:
     for pattern in (f"{_TEMPORARY}*", f"{_DISCARDED}*"):
         for path in folder.glob(pattern):
             _remove(path)
-
-
-def verify(folder: Path) -> None:
-    """Raise CheckpointError unless every file of the manifest is there with its size and checksum."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder} has no readable {MANIFEST} ({error}): it is not a whole checkpoint."
-        ) from error
-    for name, expected in manifest["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != expected["size"] or _checksum(path) != expected["blake2b"]:
-            raise CheckpointError(
-                f"{path} is missing or does not have the checksum of {MANIFEST}: the checkpoint is damaged."
-            )
 
 
 def step_of(folder: Path) -> int:
@@ -216,23 +196,6 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f"{_TEMPORARY}{path.name}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "blake2b": _checksum(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    (folder / MANIFEST).write_text(json.dumps({"format": 1, "files": files}, indent=1), encoding="utf-8")
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _flush_tree(folder: Path) -> None:

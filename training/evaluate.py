@@ -36,13 +36,13 @@ from diffusers.utils import logging as diffusers_logging
 from evaluating import TERMS, bits_per_dim, combined_error, draw_samples, histogram_bits_per_dim, loss_by_log_snr
 from evaluation_report import extreme_images, markdown_block, plot_steps, plot_terms, plot_weights, write_per_image
 from latent_models import LatentModel, latent_bits_per_dim, latent_pictures, latent_report, latent_samples
-from loading import folder_name, is_on_hub, load_model
 from plots import image_grid, plot_loss_by_log_snr
 from sample_quality import SampleQualityError, inception, sample_quality
 from torch import Tensor
 
 from vdm_diffusers import LatentVDMPipeline, VDMPipeline
 from vdm_diffusers.hub import Provenance
+from vdm_diffusers.loading import folder_name, is_on_hub, load_model
 from vdm_diffusers.models.labels import is_class_conditional, num_classes
 
 

@@ -17,11 +17,12 @@ from .evaluation import (
     Discrete,
     ImportanceWeighted,
     ProbabilityFlow,
+    compare_likelihood,
     estimate_optimal_variance,
     evaluate_likelihood,
 )
 from .latent_evaluation import evaluate_latent_likelihood
-from .likelihood import LikelihoodReport
+from .likelihood import ComparisonReport, LikelihoodReport
 from .models import (
     AnalyticStartModel,
     FourierFeaturesUNet,
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AnalyticStartModel",
+    "ComparisonReport",
     "Continuous",
     "Discrete",
     "FourierFeaturesUNet",
@@ -54,6 +56,7 @@ __all__ = [
     "VDMSigmaScheduler",
     "VDMUNet2DModel",
     "VariationalAutoencoder",
+    "compare_likelihood",
     "estimate_optimal_variance",
     "evaluate_latent_likelihood",
     "evaluate_likelihood",

@@ -60,6 +60,13 @@ def load_images(images: Any, class_labels: Any, num_levels: int | None) -> tuple
     return levels, torch.cat(own_labels) if own_labels and class_labels is None else class_labels
 
 
+def read_once(images: Any) -> Any:
+    """The same images, in a form that can be read again in the same order: batches of a loader become a list."""
+    if isinstance(images, (Tensor, np.ndarray, PIL.Image.Image, list, tuple)) or _is_dataset(images):
+        return images
+    return list(images) if isinstance(images, Iterable) else images
+
+
 def _as_batch(value: Any) -> Any:
     """Arrays, nested lists and single images as a tensor (B, C, H, W); anything else as it is."""
     if isinstance(value, (np.ndarray, list, tuple)) and not any(isinstance(one, Tensor) for one in value):
@@ -171,5 +178,9 @@ def load_labels(network: Callable[..., Any], class_labels: Any, num_images: int)
         raise ValueError(
             f"`class_labels` must be one whole number, or one for each of the {num_images} images, got "
             f"{labels.dtype} of shape {tuple(labels.shape)}."
+        )
+    if classes is not None and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(
+            f"`class_labels` must lie in 0..{classes - 1}, the model's own, got {int(labels.min())}..{int(labels.max())}."
         )
     return labels.long().expand(num_images)

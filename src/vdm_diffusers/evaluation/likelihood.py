@@ -12,27 +12,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vdm_diffusers.decoders import PixelEncoding
-from vdm_diffusers.evaluation.adapters import device_and_dtype, eval_mode, prepare, unpack
-from vdm_diffusers.evaluation.chains import Grid, adopt, chain_log_snrs, decoder_of, optimal_of, reverse_variance_of
+from vdm_diffusers.evaluation.adapters import eval_mode
+from vdm_diffusers.evaluation.candidates import Candidate
+from vdm_diffusers.evaluation.chains import Grid
 from vdm_diffusers.evaluation.latent_models import evaluate_latent_model
-from vdm_diffusers.evaluation.methods import (
-    Continuous,
-    Discrete,
-    EstimationMethod,
-    ImportanceWeighted,
-    Method,
-    ProbabilityFlow,
-    chosen_method,
-)
+from vdm_diffusers.evaluation.methods import EstimationMethod, ImportanceWeighted, Method, ProbabilityFlow
 from vdm_diffusers.evaluation.sharing import rank_and_size, resume_folder, run_shared, shared_seed
 from vdm_diffusers.likelihood import (
-    ContinuousTerm,
-    DensityDecoder,
-    DiffusionTerm,
     DiscreteTerm,
     GaussianDecoder,
     LikelihoodReport,
-    SoftmaxDecoder,
     evaluate_bound,
     evaluate_importance_weighted,
 )
@@ -40,8 +29,6 @@ from vdm_diffusers.models import HierarchicalVAE, VariationalAutoencoder
 from vdm_diffusers.numerics import as_generator, whole_number
 from vdm_diffusers.pipelines import LatentVDMPipeline
 from vdm_diffusers.probability_flow import Dequantization, Divergence, evaluate_flow
-
-_DECODERS = {SoftmaxDecoder: "softmax", GaussianDecoder: "discretized_gaussian", DensityDecoder: "gaussian_density"}
 
 
 def evaluate_likelihood(
@@ -176,76 +163,65 @@ def evaluate_likelihood(
             "max_model_evaluations": max_model_evaluations,
         }
         return evaluate_latent_model(model, images, method, given, generator=generator, **shared, **limits)
-    network, scheduler, num_levels, pixel_encoding = unpack(model, scheduler, num_levels, pixel_encoding)
-    chain = adopt(scheduler)
-    if method is None:
-        method = "continuous" if chain.timeline.entries is None else "discrete"
-    way = chosen_method(method, options)
-    is_chain = isinstance(way, Discrete | ImportanceWeighted)
-    num_steps, grid = (way.num_steps, way.grid) if isinstance(way, Discrete | ImportanceWeighted) else (None, None)
-    variance_type = None if isinstance(way, ProbabilityFlow) else way.variance_type
-    schedule = chain.noise_schedule
-    kind = reverse_variance_of(variance_type or chain.config.variance_type, is_chain, num_steps, chain)
-    term: DiffusionTerm | None = None
-    if isinstance(way, Continuous):
-        term = ContinuousTerm(schedule.log_snr_max, schedule.log_snr_min)
-    elif is_chain:
-        log_snrs = chain_log_snrs(chain, num_steps, grid, kind)
-        term = DiscreteTerm(log_snrs, kind, optimal_of(chain) if kind == "optimal" else None)
-    decoder = decoder_of(chain, kind, num_levels)
-    learned = kind if kind in ("learned", "learned_range") else None
-    levels, denoiser, device, batch_size = prepare(
-        network, chain, images, class_labels, num_levels, pixel_encoding, model_kwargs, batch_size, learned, clip_denoised
-    )  # fmt: skip
-    by_frequency = isinstance(term, DiscreteTerm) and term.bands is not None
-    if isinstance(term, DiscreteTerm) and term.optimal is not None:
-        term.optimal.check_shape(levels.shape[1:])
-    settings: dict[str, Any] = {
-        "num_steps": term.num_steps + isinstance(decoder, GaussianDecoder) if isinstance(term, DiscreteTerm) else None,
-        "num_samples": num_samples,
-        "num_levels": num_levels,
-        "pixel_encoding": None if num_levels is None else pixel_encoding,
-        "prediction_type": chain.config.prediction_type,
-        "reverse_variance": (f"{kind}_per_frequency" if by_frequency else kind) if is_chain else None,
-        "decoder": None
-        if isinstance(way, ProbabilityFlow) and way.dequantization != "none"
-        else _DECODERS[type(decoder)],
-        "log_snr_max": schedule.log_snr_max,
-        "log_snr_min": schedule.log_snr_min,
-        "clip_denoised": clip_denoised,
-        "dtype": str(device_and_dtype(network)[1]).removeprefix("torch."),
-    }
-    if is_chain and chain.config.get("stochasticity", 1.0) != 1.0:
-        settings["chain"] = f"ancestral (the scheduler samples with stochasticity {chain.config.stochasticity})"
+    candidate = Candidate.of(
+        model,
+        images,
+        scheduler=scheduler,
+        method=method,
+        options=options,
+        num_levels=num_levels,
+        pixel_encoding=pixel_encoding,
+        batch_size=batch_size,
+        class_labels=class_labels,
+        model_kwargs=model_kwargs,
+        clip_denoised=clip_denoised,
+    )
     seed = 0 if generator is None and resume_dir is not None else shared_seed(generator, accelerator)
+    return _estimate(
+        candidate,
+        resume_dir,
+        accelerator,
+        progress_bar,
+        num_samples=num_samples,
+        seed=seed,
+        target_standard_error=target_standard_error,
+        max_model_evaluations=max_model_evaluations,
+    )
+
+
+def _estimate(
+    candidate: Candidate, resume_dir: str | Path | None, accelerator: Any, progress_bar: bool, **limits: Any
+) -> LikelihoodReport:
+    """The report of one model: `limits` are num_samples, seed, and when to stop."""
+    way, term, decoder, denoiser = candidate.way, candidate.term, candidate.decoder, candidate.denoiser
+    schedule, levels, batch_size = candidate.chain.noise_schedule, candidate.levels, candidate.batch_size
+    num_samples = limits["num_samples"]
+    settings = candidate.settings(num_samples)
     per_image = num_samples
     if isinstance(term, DiscreteTerm) and isinstance(way, ImportanceWeighted):
         per_image = num_samples // 2 * 2 * (term.num_steps + isinstance(decoder, GaussianDecoder))
+    own: dict[str, Any] = {}  # that the figure depends on besides the settings
+    if isinstance(way, ProbabilityFlow):
+        own = {"dequantization": way.dequantization, "divergence": way.divergence}
+        own |= {"rtol": way.tolerance, "atol": way.tolerance}
+    elif not isinstance(way, ImportanceWeighted):
+        own = {"variance_reduction": way.variance_reduction}
+    folder = None
+    if resume_dir is not None:
+        identity = settings | own | {"method": way.name, "batch_size": batch_size, "seed": limits["seed"]}
+        folder = resume_folder(Path(resume_dir), candidate.network, denoiser, levels, identity, term, decoder)
     with (
-        eval_mode(network),
+        eval_mode(candidate.network),
         torch.no_grad(),
         tqdm(total=len(levels) * per_image, disable=not progress_bar or rank_and_size(accelerator)[0] > 0) as bar,
     ):
-        own: dict[str, Any] = {}  # that the figure depends on besides the settings
-        if isinstance(way, ProbabilityFlow):
-            own = {"dequantization": way.dequantization, "divergence": way.divergence}
-            own |= {"rtol": way.tolerance, "atol": way.tolerance}
-        elif not isinstance(way, ImportanceWeighted):
-            own = {"variance_reduction": way.variance_reduction}
-        folder = None
-        if resume_dir is not None:
-            identity = settings | own | {"method": way.name, "batch_size": batch_size, "seed": seed}
-            folder = resume_folder(Path(resume_dir), network, denoiser, levels, identity, term, decoder)
         common: dict[str, Any] = {
-            "num_samples": num_samples,
             "batch_size": batch_size,
-            "seed": seed,
-            "device": device,
-            "target_standard_error": target_standard_error,
-            "max_model_evaluations": max_model_evaluations,
+            "device": candidate.device,
             "progress": bar.update,
             "runner": partial(run_shared, folder, accelerator),
-        } | own
+        }
+        common |= limits | own
         if isinstance(way, ProbabilityFlow):
             own_decoder = decoder if isinstance(decoder, GaussianDecoder) else None
             report = evaluate_flow(

@@ -15,7 +15,7 @@ from .estimate import estimate_terms, learned_profile
 from .placement import fewest_samples, round_sizes
 from .reconstruction import Decoder, GaussianDecoder, expected_reconstruction
 from .report import LikelihoodReport, LossCurve
-from .rounds import EvaluationRound, Problem, evaluate_round, fit_controls
+from .rounds import EvaluationRound, Problem, Side, evaluate_round, fit_controls
 from .terms import DiffusionTerm, DiscreteTerm
 
 _LEAST_FREEDOM = 24  # degrees of freedom of an error that decides how many evaluations follow
@@ -72,10 +72,9 @@ def evaluate_bound(
     budget.check(num_samples * count, f"{num_samples} x {count}")
     some = torch.linspace(0, count - 1, min(count, 4096), dtype=torch.float64).round().long()
     problem = Problem(
-        model=model,
+        sides=(Side(model, term, decoder),),
         levels=levels,
         term=term,
-        decoder=decoder,
         controls=fit_controls(model, levels[some], term),
         variance_reduction=variance_reduction,
         batch_size=batch_size,
@@ -91,7 +90,7 @@ def evaluate_bound(
     ).double()
 
     # Diffusion term: the network's squared errors, weighted, by Monte Carlo.
-    rounds, deciding = _evaluate_rounds(problem, num_samples, budget)
+    rounds, deciding = evaluate_rounds(problem, num_samples, budget)
     estimate = estimate_terms(problem, rounds, deciding)
     diffusion = estimate.diffusion
 
@@ -115,7 +114,7 @@ def evaluate_bound(
     )
 
 
-def _evaluate_rounds(
+def evaluate_rounds(
     problem: Problem, num_samples: int, budget: Budget
 ) -> tuple[list[EvaluationRound], list[EvaluationRound]]:
     """The rounds that are reported, and those that decided how many they are; the latter only where a target is asked for.
@@ -150,7 +149,7 @@ def _evaluate_rounds(
             variance = estimate_terms(problem, deciding, rounds).variance * decided
             size = budget.next_round(math.sqrt(variance) / scale, done, max(done, decided), least)
             into = rounds
-        room = budget.room(count, done + decided) // least * least
+        room = budget.room(count * len(problem.sides), done + decided) // least * least
         if size > 0 and room > 0:
             evaluate(min(size, room), into)
         if (

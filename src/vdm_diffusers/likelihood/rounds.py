@@ -17,7 +17,7 @@ from .denoising_model import DenoisingModel, sum64
 from .placement import Layout, group_size, noise_of
 from .reconstruction import Decoder, GaussianDecoder
 from .report import LossCurve
-from .terms import DiffusionTerm, Profile
+from .terms import ContinuousTerm, DiffusionTerm, Profile
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,13 +33,59 @@ class EvaluationRound:
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
-    """Everything that stays the same from round to round."""
+class Side:
+    """A model whose bound is evaluated: its network, its diffusion term, its decoder."""
 
     model: DenoisingModel
-    levels: Tensor
     term: DiffusionTerm
     decoder: Decoder
+
+    def evaluate(
+        self, levels: Tensor, noise: Tensor, index: Tensor, site: Tensor, log_snr: Tensor, is_decoder: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """One evaluation of the network for each row: nats and e^log_snr |x - x_hat|^2, and the x, z_t and log SNR that they are of.
+
+        Rows of the decoder are decoded, or cost nothing where the decoder needs no network. A site outside a continuous term's range
+        costs nothing either: the range is this model's own, and may be shorter than that of a model it is compared with.
+        """
+        model, term, decoder = self.model, self.term, self.decoder
+        counts = torch.ones_like(is_decoder)
+        if isinstance(term, ContinuousTerm):
+            clamped = log_snr.clamp(term.log_snr_min, term.log_snr_max)
+            counts = is_decoder | (clamped == log_snr)
+            site, log_snr = torch.where(is_decoder, site, clamped), clamped
+        if isinstance(decoder, GaussianDecoder):
+            log_snr = torch.where(is_decoder, decoder.log_snr_1, log_snr)
+        else:
+            counts = counts & ~is_decoder
+        x = model.encode(levels)
+        z_t = diffuse(x, noise, log_snr)
+        value, variance = model.outputs(z_t, log_snr, index)
+        error, to_x = model.error(value, x, noise, z_t, log_snr)
+        nats = term.nats(site, error, to_x, variance)
+        if isinstance(decoder, GaussianDecoder) and bool(is_decoder.any()):
+            mine = is_decoder.to(x.device)
+            nats[is_decoder] = decoder.nats(
+                model,
+                levels[mine],
+                model.denoised(value[mine], z_t[mine], log_snr[is_decoder]),
+                None if variance is None else variance[mine],
+            ).to("cpu", torch.float64)
+        return torch.where(counts, nats, 0.0), log_snr.exp() * to_x * sum64(error**2), x, z_t, log_snr
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Everything that stays the same from round to round.
+
+    Attributes:
+        sides: the model, or two, of which the second's nats are subtracted from the first's at the same images, sites and noise.
+        term: where evaluations may be placed, and what is added up.
+    """
+
+    sides: tuple[Side, ...]
+    levels: Tensor
+    term: DiffusionTerm
     controls: Controls
     variance_reduction: bool
     batch_size: int
@@ -48,6 +94,11 @@ class Problem:
     progress: Callable[[int], object] | None
     runner: Runner
     curve: LossCurve
+
+    @property
+    def decoder(self) -> Decoder:
+        """A decoder that needs the network, if either side has one."""
+        return next((s.decoder for s in self.sides if isinstance(s.decoder, GaussianDecoder)), self.sides[0].decoder)
 
     @property
     def groups(self) -> Tensor:
@@ -65,7 +116,7 @@ class Problem:
         )
 
     def encode(self, rows: Tensor | slice) -> Tensor:
-        return self.model.encode(self.levels[rows])
+        return self.sides[0].model.encode(self.levels[rows])
 
 
 def fit_controls(model: DenoisingModel, levels: Tensor, term: DiffusionTerm) -> Controls:
@@ -119,30 +170,22 @@ def _evaluate_block(
 ) -> Tensor:
     """(2 + F, m, n) of the images `rows`: nats, |eps - eps_hat|^2, and the features of the surrogate."""
     n = site.shape[1]
-    model, decoder, device = problem.model, problem.decoder, problem.device
     strata = layout.strata if problem.variance_reduction else None
     result = torch.empty(2 + problem.controls.num_features, len(rows), n, dtype=torch.float64)
     for flat in torch.arange(len(rows) * n).split(problem.batch_size):
         row, column = flat // n, flat % n
         index = rows[row]
-        k = problem.levels[index].to(device)
-        x = model.encode(k)
-        noise = noise_of(index, column, x.shape[1:], problem.seed, number, strata).to(device)
-        own, at, ell = layout.is_decoder[column], site[index, column], log_snr[index, column]
-        z_t = diffuse(x, noise, ell)
-        value, variance = model.outputs(z_t, ell, index)
-        error, to_x = model.error(value, x, noise, z_t, ell)
-        nats = problem.term.nats(at, error, to_x, variance)
-        if isinstance(decoder, GaussianDecoder) and bool(own.any()):
-            mine = own.to(device)
-            nats[own] = decoder.nats(
-                model,
-                k[mine],
-                model.denoised(value[mine], z_t[mine], ell[own]),
-                None if variance is None else variance[mine],
-            ).to("cpu", torch.float64)
+        k = problem.levels[index].to(problem.device)
+        noise = noise_of(index, column, k.shape[1:], problem.seed, number, strata).to(problem.device)
+        drawn = (k, noise, index, site[index, column], log_snr[index, column], layout.is_decoder[column])
+        nats, loss, x, z_t, ell = problem.sides[0].evaluate(*drawn)
+        for other in problem.sides[1:]:
+            nats = nats - other.evaluate(*drawn)[0]
+        if not torch.equal(ell, log_snr[index, column]):  # outside the first side's range
+            ell = log_snr[index, column]
+            z_t = diffuse(x, noise, ell)
         features = problem.controls.features(x, k, noise, z_t, ell)
-        result[:, row, column] = torch.cat([torch.stack([nats, ell.exp() * to_x * sum64(error**2)]), features])
+        result[:, row, column] = torch.cat([torch.stack([nats, loss]), features])
         if problem.progress is not None:
-            problem.progress(len(flat))
+            problem.progress(len(flat) * len(problem.sides))
     return result

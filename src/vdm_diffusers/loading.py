@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import MANIFEST, CheckpointError, verify
 from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-from latent_models import LatentModel
 
-from vdm_diffusers import HierarchicalVAE, LatentVDMPipeline, VariationalAutoencoder, VDMPipeline, VDMScheduler
+from vdm_diffusers.manifest import MANIFEST, CheckpointError, verify
+from vdm_diffusers.models import HierarchicalVAE, VariationalAutoencoder
+from vdm_diffusers.pipelines import LatentVDMPipeline, VDMPipeline
 from vdm_diffusers.safety import check_location, parse_json
+from vdm_diffusers.schedulers import VDMScheduler
 
 HUB = "hf://"
 CONFIGS = ("model_index.json", "config.json")  # of a pipeline, of a model by itself
@@ -52,7 +53,10 @@ def folder_name(checkpoint: str) -> str:
     return checkpoint.removeprefix(HUB).replace("@", "/").replace("/", "--")
 
 
-def load_model(checkpoint: str, device: torch.device | str = "cpu") -> VDMPipeline | LatentModel:
+Model = VDMPipeline | LatentVDMPipeline | VariationalAutoencoder | HierarchicalVAE
+
+
+def load_model(checkpoint: str, device: torch.device | str = "cpu") -> Model:
     """A VDMPipeline with its exact scheduler, a VAE, or a LatentVDMPipeline, from safetensors alone.
 
     Arguments:
