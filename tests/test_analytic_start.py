@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from diffusers import UNet2DModel
+from torch import nn
 
 from vdm_diffusers import (
     AnalyticStartModel,
@@ -16,15 +17,15 @@ from vdm_diffusers import (
 )
 from vdm_diffusers.decoders import level_values
 from vdm_diffusers.gaussian import alpha_sigma
-from vdm_diffusers.models.analytic_start import FULL_COVARIANCE, _LevelMean
+from vdm_diffusers.models.analytic_start import FULL_COVARIANCE, NoiseLevel, _LevelMean
 
 ENDS = {"knots": (-1.0, 999.0), "log_snr": (13.3, -5.0)}
 
 
-def inner(channels, **config):
+def inner(channels, out=2, **config):
     return VDMUNet2DModel(
         in_channels=3 * channels,
-        out_channels=2 * channels,
+        out_channels=out * channels,
         hidden_channels=8,
         layers_per_block=1,
         norm_num_groups=4,
@@ -71,20 +72,55 @@ def test_the_spectrum_of_large_images_gives_the_variance_of_each_pixel():
     torch.testing.assert_close(start.spread(start.variance.double()).flatten(), brute, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_levels", [2, 17, 256])
-def test_the_mean_over_levels_against_brute_force(num_levels):
+@pytest.mark.parametrize(
+    ("num_levels", "excluded"), [(2, None), (17, None), (256, None), (17, 0), (17, 16), (17, 5), (256, 0), (256, 128)]
+)
+def test_the_mean_over_levels_against_brute_force(num_levels, excluded):
     generator = torch.Generator().manual_seed(2)
     values = level_values(num_levels)
     log_frequencies = torch.randn(num_levels, generator=generator, dtype=torch.float64)
     m = (2.6 * torch.rand(50, generator=generator, dtype=torch.float64) - 1.3).requires_grad_()
     v = (torch.logspace(-6, 1, 50, dtype=torch.float64)).requires_grad_()
-    weight = torch.softmax(log_frequencies - (values - m[:, None]) ** 2 / (2 * v[:, None]), dim=1)
-    ours = _LevelMean.apply(m, v, values, log_frequencies)
-    torch.testing.assert_close(ours, weight @ values, atol=1e-12, rtol=0)
-    gradients = torch.autograd.grad(ours.sum(), (m, v))
-    expected = torch.autograd.grad((weight @ values).sum(), (m, v))
-    for mine, brute in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(mine, brute, atol=1e-9, rtol=1e-8)
+    kept = torch.arange(num_levels) != (-1 if excluded is None else excluded)
+    logits = (log_frequencies - (values - m[:, None]) ** 2 / (2 * v[:, None]))[:, kept]
+    mean, log_sum = torch.softmax(logits, dim=1) @ values[kept], logits.logsumexp(1)
+    ours, our_sum = _LevelMean.apply(m, v, values, log_frequencies, excluded)
+    torch.testing.assert_close(ours, mean, atol=1e-12, rtol=0)
+    torch.testing.assert_close(our_sum, log_sum, atol=1e-9, rtol=1e-12)
+    for mine, brute in ((ours, mean), (our_sum, log_sum)):
+        gradients = torch.autograd.grad(mine.sum(), (m, v), retain_graph=True)
+        expected = torch.autograd.grad(brute.sum(), (m, v), retain_graph=True)
+        for gradient, other in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(gradient, other, atol=1e-9, rtol=1e-8)
+
+
+def background_images():
+    """Integers 0..6, most of them 0."""
+    generator = torch.Generator().manual_seed(3)
+    ink = torch.rand(500, 1, 4, 4, generator=generator) < 0.3
+    return ink * torch.randint(1, 7, (500, 1, 4, 4), generator=generator)
+
+
+def test_the_odds_of_the_most_frequent_level_move_by_themselves():
+    images = background_images()
+    model = fit_analytic_start(inner(1, out=3), images, num_levels=7, prediction_type="sample", **ENDS)
+    plain = fit_analytic_start(inner(1), images, num_levels=7, prediction_type="sample", **ENDS)
+    assert model.config.spike_level == 0 and plain.config.spike_level is None
+    z = torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(4))
+    for log_snr in (12.0, 3.0, -3.0):  # a new network moves nothing
+        t = timestep(log_snr)
+        torch.testing.assert_close(model(z, t).sample, plain(z, t).sample, atol=2e-6, rtol=0)
+    nn.init.constant_(model.network.conv_out.bias[2:], 1.5)
+    log_snr = torch.full((8,), 1.0)
+    level = NoiseLevel.of(log_snr, "vp")
+    mean, variance = model.start.cavity(z, level)
+    precision = 1 / variance + level.snr
+    m, v = ((mean / variance + level.slope * z) / precision)[..., None].double(), (1 / precision)[..., None].double()
+    values = level_values(7)
+    logits = model.start.log_frequencies.double() - (values - m) ** 2 / (2 * v)
+    logits[..., 0] += 1.5
+    expected = torch.softmax(logits, -1) @ values
+    torch.testing.assert_close(model(z, timestep(1.0)).sample.double(), expected, atol=2e-5, rtol=0)
 
 
 def test_with_independent_pixels_it_is_the_exact_denoiser():

@@ -23,6 +23,7 @@ _CLASSES = {
     c.__name__: c
     for c in (UNet2DModel, VDMUNet2DModel, FourierFeaturesUNet, DiTTransformer2DModel, AnalyticStartModel)
 }
+_SPIKE = 0.25  # of all pixels on one level: the network moves this level's odds by themselves
 _MEASURED_IMAGES = 20_000  # that an analytic start's tables are taken from
 
 
@@ -46,7 +47,7 @@ def make_network(args: Arguments, images: ImageSet) -> ModelMixin:
     network = VDMUNet2DModel(
         sample_size=height if height == width else (height, width),
         in_channels=3 * channels if model.analytic_start else channels,
-        out_channels=2 * channels if model.analytic_start else _out_channels(args, channels),
+        out_channels=_out_channels(args, channels, images),
         hidden_channels=model.hidden_channels,
         layers_per_block=model.layers_per_block,
         num_train_timesteps=args.diffusion.ddpm_num_steps,
@@ -108,7 +109,11 @@ def compile_network(network: nn.Module, device: torch.device, num_pixels: int) -
     network.compile()
 
 
-def _out_channels(args: Arguments, channels: int) -> int:
+def _out_channels(args: Arguments, channels: int, images: ImageSet) -> int:
+    if args.model.analytic_start:
+        levels = images.images[: _MEASURED_IMAGES // 10].flatten().long()
+        share = float(levels.bincount().max()) / len(levels)
+        return (3 if share > _SPIKE and (args.data.num_levels or images.num_levels) > 2 else 2) * channels
     return channels if args.diffusion.variance_type == "fixed_small" else 2 * channels
 
 
@@ -140,8 +145,10 @@ def _from_config(source: str, args: Arguments, images: ImageSet, *, weights: boo
     channels, height, width = images.images.shape[1:]
     start = args.model.analytic_start
     takes = 3 * channels if start else channels
-    returns = 2 * channels if start else _out_channels(args, channels)
-    wanted = " (with --analytic_start it takes three for each of theirs and returns two)" if start else ""
+    returns = _out_channels(args, channels, images)
+    wanted = (
+        f" (with --analytic_start it takes 3 for each of theirs and returns {returns // channels})" if start else ""
+    )
     size = network.config.sample_size
     size = (size, size) if isinstance(size, int) else tuple(size or (height, width))
     problems = [

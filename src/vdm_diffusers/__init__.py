@@ -16,13 +16,16 @@ from .evaluation import (
     Continuous,
     Discrete,
     ImportanceWeighted,
+    MutualInformationReport,
     ProbabilityFlow,
+    classify,
     compare_likelihood,
     estimate_optimal_variance,
     evaluate_likelihood,
+    mutual_information,
 )
 from .latent_evaluation import evaluate_latent_likelihood
-from .likelihood import ComparisonReport, LikelihoodReport
+from .likelihood import ClassificationReport, ComparisonReport, LikelihoodReport
 from .models import (
     AnalyticStartModel,
     FourierFeaturesUNet,
@@ -40,6 +43,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AnalyticStartModel",
+    "ClassificationReport",
     "ComparisonReport",
     "Continuous",
     "Discrete",
@@ -49,6 +53,7 @@ __all__ = [
     "LatentVDMPipeline",
     "LearnedNoiseSchedule",
     "LikelihoodReport",
+    "MutualInformationReport",
     "ProbabilityFlow",
     "VDMFlowScheduler",
     "VDMPipeline",
@@ -56,11 +61,13 @@ __all__ = [
     "VDMSigmaScheduler",
     "VDMUNet2DModel",
     "VariationalAutoencoder",
+    "classify",
     "compare_likelihood",
     "estimate_optimal_variance",
     "evaluate_latent_likelihood",
     "evaluate_likelihood",
     "fit_analytic_start",
+    "mutual_information",
 ]
 
 register_with_diffusers(

@@ -2,6 +2,9 @@
 
 from vdm_diffusers.evaluation.chains import Grid as Grid
 from vdm_diffusers.evaluation.chains import chain_log_snrs as chain_log_snrs
+from vdm_diffusers.evaluation.classification import MutualInformationReport as MutualInformationReport
+from vdm_diffusers.evaluation.classification import classify as classify
+from vdm_diffusers.evaluation.classification import mutual_information as mutual_information
 from vdm_diffusers.evaluation.comparison import compare_likelihood as compare_likelihood
 from vdm_diffusers.evaluation.likelihood import evaluate_likelihood as evaluate_likelihood
 from vdm_diffusers.evaluation.methods import METHODS as METHODS

@@ -10,7 +10,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from vdm_diffusers.models.labels import default_label, num_classes
+from vdm_diffusers.models.labels import default_label, null_label, num_classes
 
 _CHANNELS = (1, 2, 3, 4)  # of an image, by which an array (..., H, W, C) is told from one (..., C, H, W)
 _PIL_LEVELS = {"L": 256, "RGB": 256, "RGBA": 256, "LA": 256, "1": 2}
@@ -179,8 +179,11 @@ def load_labels(network: Callable[..., Any], class_labels: Any, num_images: int)
             f"`class_labels` must be one whole number, or one for each of the {num_images} images, got "
             f"{labels.dtype} of shape {tuple(labels.shape)}."
         )
-    if classes is not None and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+    highest = max(
+        [-1 if classes is None else classes - 1, *(k for k in (default, null_label(network)) if k is not None)]
+    )
+    if classes is not None and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) <= highest:
         raise ValueError(
-            f"`class_labels` must lie in 0..{classes - 1}, the model's own, got {int(labels.min())}..{int(labels.max())}."
+            f"`class_labels` must lie in 0..{highest}, the model's own, got {int(labels.min())}..{int(labels.max())}."
         )
     return labels.long().expand(num_images)

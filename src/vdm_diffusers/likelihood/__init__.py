@@ -21,6 +21,7 @@ Everything here is in torch alone. `vdm_diffusers.evaluate_likelihood` adapts pi
 from vdm_diffusers.likelihood.bound import evaluate_bound as evaluate_bound
 from vdm_diffusers.likelihood.chains import measure_mse as measure_mse
 from vdm_diffusers.likelihood.chains import sample_chain as sample_chain
+from vdm_diffusers.likelihood.classification import ClassificationReport as ClassificationReport
 from vdm_diffusers.likelihood.comparison import ComparisonReport as ComparisonReport
 from vdm_diffusers.likelihood.comparison import evaluate_difference as evaluate_difference
 from vdm_diffusers.likelihood.denoising_model import DenoisingModel as DenoisingModel

@@ -9,6 +9,8 @@ Each gives a denoiser in closed form. This module joins them, and lets a network
        1 / s_i = 1 / v_i - snr,    c_i / s_i = m_i / v_i - snr z_i / alpha.
 
 2. The network moves the cavity: c_i + sqrt(s_i) u_i and s_i exp(2 w_i), with (u, w) its output. A new network answers zero.
+   Where one level fills most of a background, no Gaussian says "black, or else bright": there the network gives a third number, by which
+   the log-odds of this level against all others move.
 3. Bayes' rule puts the pixel's own observation back, and the knowledge that a pixel has one of L levels x_k of frequency f_k:
 
        x_hat_i = sum_k x_k p_k,   p_k proportional to f_k N(x_k; m'_i, v'_i),   1 / v' = 1 / s' + snr,   m' = v' (c' / s' + snr z_i / alpha).
@@ -47,13 +49,24 @@ _CHUNK = 1 << 20  # weights of levels held at a time
 
 
 class _LevelMean(torch.autograd.Function):
-    """E[x] for p_k proportional to f_k N(x_k; m, v), elementwise; the backward pass uses the moments of p, and needs no second pass."""
+    """E[x] and ln sum_k f_k exp(-(x_k - m)^2 / 2v) for p_k proportional to f_k N(x_k; m, v), elementwise, without the level `excluded`.
+
+    The backward pass uses the moments of p, and needs no second pass over the levels.
+    """
 
     @staticmethod
-    def forward(context: Any, m: Tensor, v: Tensor, values: Tensor, log_frequencies: Tensor) -> Tensor:
+    def forward(
+        context: Any, m: Tensor, v: Tensor, values: Tensor, log_frequencies: Tensor, excluded: int | None = None
+    ) -> tuple[Tensor, Tensor]:
         flat_m, precision = m.flatten(), (0.5 / v).flatten()
-        distance = (values[-1] - values[0]) / (len(values) - 1)
-        nearest = values[0] + distance * ((flat_m - values[0]) / distance).round().clamp(0, len(values) - 1)
+        distance, last = (values[-1] - values[0]) / (len(values) - 1), len(values) - 1
+        index = ((flat_m - values[0]) / distance).round().clamp(0, last)
+        if excluded is not None:
+            log_frequencies = log_frequencies.clone()
+            log_frequencies[excluded] = -math.inf
+            above = (flat_m >= values[excluded]) if 0 < excluded < last else torch.tensor(excluded == 0)
+            index = torch.where(index == excluded, index + torch.where(above, 1, -1).to(index), index)
+        nearest = values[0] + distance * index
         offset = nearest - flat_m  # of the nearest level: moments about it keep all their digits
         sums = [torch.zeros_like(flat_m) for _ in range(4)]
         size = max(1, _CHUNK // max(1, flat_m.numel()))
@@ -66,15 +79,22 @@ class _LevelMean(torch.autograd.Function):
         first, second, third = (total / sums[0] for total in sums[1:])
         variance = second - first**2
         skew = third - first * second + 2 * offset * variance  # Cov(x, (x - m)^2)
-        slope_m = (2 * precision * variance).reshape(m.shape)
-        slope_v = (2 * precision**2 * skew).reshape(m.shape)
-        context.save_for_backward(slope_m, slope_v)
-        return (nearest + first).reshape(m.shape)
+        square = second + 2 * offset * first + offset**2  # E(x - m)^2
+        slopes = (
+            2 * precision * variance,
+            2 * precision**2 * skew,
+            2 * precision * (first + offset),
+            2 * precision**2 * square,
+        )
+        context.save_for_backward(*(slope.reshape(m.shape) for slope in slopes))
+        log_sum = sums[0].log() - precision * offset**2
+        return (nearest + first).reshape(m.shape), log_sum.reshape(m.shape)
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        slope_m, slope_v = context.saved_tensors
-        return gradients[0] * slope_m, gradients[0] * slope_v, None, None
+        mean_m, mean_v, sum_m, sum_v = context.saved_tensors
+        of_mean, of_sum = gradients
+        return of_mean * mean_m + of_sum * sum_m, of_mean * mean_v + of_sum * sum_v, None, None, None
 
 
 class NoiseLevel(NamedTuple):
@@ -176,14 +196,14 @@ class AnalyticStartModel(ModelMixin, ConfigMixin):
     r"""A denoiser that begins as the best one known in closed form; a network of ours or Diffusers' learns the rest.
 
     The inner network sees `3 C` channels: the noisy image at unit variance, the analytic estimate, and how far the noisy image is from what
-    the other pixels say, in standard deviations. It returns `2 C` channels `(u, w)`, see the module's equations. While it
-    answers zero, the model is the analytic denoiser exactly.
+    the other pixels say, in standard deviations. It returns `2 C` channels `(u, w)`, or with `spike_level` `3 C`, see the module's equations.
+    While it answers zero, the model is the analytic denoiser exactly.
 
     Make one with [`fit_analytic_start`], which measures the tables.
 
     Args:
         network_class: 'VDMUNet2DModel', 'UNet2DModel' or 'FourierFeaturesUNet'.
-        network_config: its configuration, with `in_channels = 3 C` and `out_channels = 2 C`.
+        network_config: its configuration, with `in_channels = 3 C` and `out_channels = 2 C`, or `3 C` with `spike_level`.
         in_channels: `C`, channels of an image.
         sample_size: height and width, or one number for both. The tables belong to this size: no other is taken.
         num_levels: levels of a pixel; `None`: continuous data.
@@ -191,6 +211,7 @@ class AnalyticStartModel(ModelMixin, ConfigMixin):
         prediction_type: what the model answers with, as the scheduler's key of this name.
         knots, log_snr: timesteps and the log SNR at each, increasing and decreasing; linear between.
         path: 'vp', 'flow' or 've'.
+        spike_level: the level whose log-odds the network moves by themselves, as MNIST's black; None: none.
 
     Raises:
         ValueError: sizes that do not fit, an unknown class or prediction type.
@@ -215,8 +236,13 @@ class AnalyticStartModel(ModelMixin, ConfigMixin):
         knots: Sequence[float] = (-1.0, 999.0),
         log_snr: Sequence[float] = (13.3, -5.0),
         path: Path = "vp",
+        spike_level: int | None = None,
     ):
         super().__init__()
+        if spike_level is not None and not (
+            num_levels is not None and 0 <= spike_level < num_levels and num_levels > 2
+        ):
+            raise ValueError(f"`spike_level` must be one of three or more levels, got {spike_level} of {num_levels}.")
         if network_class not in INNER_NETWORKS:
             raise ValueError(f"`network_class` must be one of {', '.join(INNER_NETWORKS)}, got {network_class!r}.")
         check_prediction_type(prediction_type)
@@ -226,7 +252,10 @@ class AnalyticStartModel(ModelMixin, ConfigMixin):
             )
         height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         self.network = INNER_NETWORKS[network_class].from_config(dict(network_config))
-        for name, wanted in (("in_channels", 3 * in_channels), ("out_channels", 2 * in_channels)):
+        for name, wanted in (
+            ("in_channels", 3 * in_channels),
+            ("out_channels", (2 if spike_level is None else 3) * in_channels),
+        ):
             if self.network.config[name] != wanted:
                 raise ValueError(
                     f"`network_config` must have `{name}` {wanted} for images of {in_channels} channels, got {self.network.config[name]}."
@@ -268,10 +297,10 @@ class AnalyticStartModel(ModelMixin, ConfigMixin):
             inputs = torch.cat([z / (alpha**2 + sigma**2).sqrt(), estimate, surprise], dim=1)
         answer = self.network(inputs.to(self.network.dtype), timestep, class_labels=class_labels, return_dict=False)[0]
         with torch.autocast(z.device.type, enabled=False):
-            shift, log_scale = answer.to(z.dtype).chunk(2, dim=1)
+            shift, log_scale, *spike = answer.to(z.dtype).split(z.shape[1], dim=1)
             mean = mean + variance.sqrt() * shift
             variance = variance * torch.exp(2 * _MAX_LOG_SCALE * torch.tanh(log_scale / _MAX_LOG_SCALE))
-            x_hat = self._with_own_pixel(z, level, mean, variance)
+            x_hat = self._with_own_pixel(z, level, mean, variance, *spike)
             output = convert(
                 x_hat, z, log_snr, source="sample", target=self.config.prediction_type, path=self.config.path
             ).to(sample.dtype)
@@ -285,10 +314,18 @@ class AnalyticStartModel(ModelMixin, ConfigMixin):
         fraction = ((time - knots[right - 1]) / (knots[right] - knots[right - 1])).clamp(0, 1)
         return torch.lerp(values[right - 1], values[right], fraction).clamp(-_MAX_LOG_SNR, _MAX_LOG_SNR)
 
-    def _with_own_pixel(self, z: Tensor, level: NoiseLevel, mean: Tensor, variance: Tensor) -> Tensor:
+    def _with_own_pixel(
+        self, z: Tensor, level: NoiseLevel, mean: Tensor, variance: Tensor, spike: Tensor | float = 0.0
+    ) -> Tensor:
         """E[x_i] from the cavity of each pixel and its own observation: step 3 of the module's equations."""
         precision = 1 / variance + level.snr
-        m = (mean / variance + level.slope * z) / precision
+        m, v = (mean / variance + level.slope * z) / precision, 1 / precision
         if self.config.num_levels is None:
             return m
-        return _LevelMean.apply(m, 1 / precision, self.start.values.to(z), self.start.log_frequencies.to(z))
+        values, log_frequencies = self.start.values.to(z), self.start.log_frequencies.to(z)
+        one = self.config.spike_level
+        others, log_sum = _LevelMean.apply(m, v, values, log_frequencies, one)
+        if one is None:
+            return others
+        log_odds = log_frequencies[one] - (values[one] - m) ** 2 / (2 * v) - log_sum + spike
+        return others + torch.sigmoid(log_odds) * (values[one] - others)

@@ -31,7 +31,8 @@ def fit_analytic_start(
     """A model around `network`, with the tables of `images`.
 
     Args:
-        network: a `VDMUNet2DModel`, `UNet2DModel` or `FourierFeaturesUNet` of `3 C` input and `2 C` output channels.
+        network: a `VDMUNet2DModel`, `UNet2DModel` or `FourierFeaturesUNet` of `3 C` input and `2 C` output channels; of `3 C` output
+            channels, and it also moves the log-odds of the most frequent level (see [`AnalyticStartModel`]).
         images: `(N, C, H, W)` training images: integers `0..num_levels-1`, or with `num_levels=None` numbers.
         knots, log_snr: timesteps and the log SNR at each, increasing and decreasing; linear between.
         num_levels, pixel_encoding, prediction_type, path: see [`AnalyticStartModel`].
@@ -44,11 +45,14 @@ def fit_analytic_start(
         images.is_floating_point() or int(images.min()) < 0 or int(images.max()) >= num_levels
     ):
         raise ValueError(f"`images` must hold integers 0..{num_levels - 1}; for numbers pass num_levels=None.")
-    height, width = images.shape[2:]
+    channels, height, width = images.shape[1:]
+    spike_level = None
+    if num_levels is not None and network.config.out_channels == 3 * channels:
+        spike_level = int(images.flatten().long().bincount(minlength=num_levels).argmax())
     model = AnalyticStartModel(
         network_class=type(network).__name__,
         network_config=dict(network.config),
-        in_channels=images.shape[1],
+        in_channels=channels,
         sample_size=height if height == width else (height, width),
         num_levels=num_levels,
         pixel_encoding=pixel_encoding,
@@ -56,6 +60,7 @@ def fit_analytic_start(
         knots=[float(t) for t in knots],
         log_snr=[float(v) for v in log_snr],
         path=path,
+        spike_level=spike_level,
     )
     model.network = network
     if num_levels is None:
