@@ -353,3 +353,18 @@ def test_outputs_that_do_not_fit_are_refused(output, message):
     levels, _ = known_images(count=3)
     with pytest.raises(ValueError, match=message):
         bound(DenoisingModel(lambda z, log_snr, index: output(z), "epsilon"), levels, chain(5))
+
+
+def test_bands_and_errors_of_single_images():
+    """Octaves add up to the diffusion term, and an image's own error is the scatter of many seeds."""
+    data, levels = mixture(24)
+    model, term = exact_model(data), ContinuousTerm(LOG_SNR_MAX, LOG_SNR_MIN)
+    runs = [bound(model, levels, term, num_samples=16, seed=seed) for seed in range(20)]
+    edges = runs[0].log_snr_edges
+    assert float(edges.diff().max()) == pytest.approx(2 * math.log(2))
+    assert float(edges[0]) < -3.5 and float(edges[-1]) > 12
+    plain = bound(model, levels, term, num_samples=16, variance_reduction=False)
+    torch.testing.assert_close(plain.nats_by_log_snr.sum(1), plain.diffusion, atol=1e-9, rtol=0)
+    scatter = torch.stack([r.nats for r in runs]).var(0).mean().sqrt()
+    stated = torch.stack([r.nats_error for r in runs]).square().mean().sqrt()
+    assert float(stated / scatter) == pytest.approx(1, abs=0.35)

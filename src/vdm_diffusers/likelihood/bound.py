@@ -11,13 +11,14 @@ from torch import Tensor
 from ..elbo import prior_kl
 from ..repetitions import Budget, Runner, run_all
 from .denoising_model import DenoisingModel
-from .estimate import estimate_terms, learned_profile
+from .estimate import by_band, estimate_terms, learned_profile, octaves
 from .placement import fewest_samples, round_sizes
 from .reconstruction import Decoder, GaussianDecoder, expected_reconstruction
 from .report import LikelihoodReport, LossCurve
 from .rounds import EvaluationRound, Problem, Side, evaluate_round, fit_controls
 from .terms import DiffusionTerm, DiscreteTerm
 
+OCTAVE = 2 * math.log(2)  # of alpha / sigma, in log SNR
 _LEAST_FREEDOM = 24  # degrees of freedom of an error that decides how many evaluations follow
 
 
@@ -111,6 +112,9 @@ def evaluate_bound(
         is_bound=True,
         num_model_evaluations=count * sum(r.nats.shape[1] for r in (*rounds, *deciding)),
         loss_curve=problem.curve.to_dict(problem.num_dims),
+        nats_error=estimate.variances.sqrt(),
+        log_snr_edges=(edges := octaves(rounds, OCTAVE)),
+        nats_by_log_snr=by_band(problem, rounds, edges),
     )
 
 

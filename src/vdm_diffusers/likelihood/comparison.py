@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..elbo import prior_kl
 from ..repetitions import Budget, Runner, run_all
 from .bound import evaluate_rounds
-from .estimate import estimate_terms
+from .estimate import by_band, estimate_terms, octaves
 from .reconstruction import GaussianDecoder, expected_reconstruction
 from .report import LossCurve
 from .rounds import EvaluationRound, Problem, Side, fit_controls
@@ -234,28 +234,20 @@ def evaluate_difference(
 
 def _by_band(problem: Problem, rounds: list[EvaluationRound]) -> list[dict[str, float]]:
     """The difference of the diffusion terms in bands of log SNR: plain stratified averages, with the scatter of the replicates."""
-    highest = max(float(r.log_snr[~r.layout.is_decoder.expand(r.nats.shape)].max()) for r in rounds)
-    lowest = min(float(r.log_snr[~r.layout.is_decoder.expand(r.nats.shape)].min()) for r in rounds)
-    edges = torch.arange(math.floor(lowest / _BAND), math.floor(highest / _BAND) + 2).double() * _BAND
+    edges = octaves(rounds, _BAND)
     scale = problem.num_dims * math.log(2) * len(problem.levels)
     groups = int(problem.groups[-1]) + 1
     total = torch.zeros(len(edges) - 1, dtype=torch.float64)
     variance, columns = torch.zeros_like(total), sum(r.nats.shape[1] for r in rounds)
     for r in rounds:
         share = r.nats.shape[1] / columns
-        sums = torch.zeros(len(total), groups, r.layout.num_replicates, dtype=torch.float64)
-        for replicate in range(r.layout.num_replicates):
-            mine = (r.layout.replicate == replicate) & ~r.layout.is_decoder
-            values = r.nats[:, mine] * r.inverse_density[:, mine] / int(mine.sum())
-            band = torch.bucketize(r.log_snr[:, mine], edges, right=True).clamp(1, len(total)) - 1
-            place = band * groups + problem.groups[:, None]
-            sums[:, :, replicate] = (
-                torch.zeros(len(total) * groups, dtype=torch.float64)
-                .index_add_(0, place.flatten(), values.flatten())
-                .reshape(len(total), groups)
-            )
-        total += share * sums.mean(2).sum(1)
-        variance += share**2 * sums.var(2).sum(1) / r.layout.num_replicates
+        sums = torch.zeros(groups, len(total), r.layout.num_replicates, dtype=torch.float64)
+        for number in range(r.layout.num_replicates):
+            mine = r.layout.replicate == number
+            part = replace(r, layout=replace(r.layout, is_decoder=r.layout.is_decoder | ~mine))
+            sums[:, :, number].index_add_(0, problem.groups, by_band(problem, [part], edges))
+        total += share * sums.mean(2).sum(0)
+        variance += share**2 * sums.var(2).sum(0) / r.layout.num_replicates
     rows = zip(edges[:-1].tolist(), edges[1:].tolist(), total.tolist(), variance.sqrt().tolist(), strict=True)
     return [
         {"log_snr_low": low, "log_snr_high": high, "difference": value / scale, "standard_error": error / scale}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,7 @@ class _Estimate:
     diffusion: Tensor  # (N,) nats
     decoder: Tensor  # (N,) nats; zero if the decoder needs no network
     variance: float  # of the sum over the images, nats^2
+    variances: Tensor  # (N,) of every image by itself, nats^2
 
 
 def _folds(problem: Problem, layout: Layout) -> Tensor:
@@ -145,12 +147,32 @@ def estimate_terms(
         weights.append(rest.shape[1])
     share = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     diffusion, decoder = sum(w * m.mean(2) for w, m in zip(share, means, strict=True))
-    variance = 0.0
+    variance, variances = 0.0, torch.zeros(len(problem.levels), dtype=torch.float64)
     for w, m in zip(share.tolist(), means, strict=True):
         sums = torch.zeros(int(problem.groups[-1]) + 1, m.shape[2], dtype=torch.float64)
         sums.index_add_(0, problem.groups, m.sum(0))
         variance += w**2 * float(sums.var(1).sum()) / m.shape[2]
-    return _Estimate(diffusion, decoder, variance)
+        variances += w**2 * m.sum(0).var(1) / m.shape[2]
+    return _Estimate(diffusion, decoder, variance, variances)
+
+
+def by_band(problem: Problem, rounds: Sequence[EvaluationRound], edges: Tensor) -> Tensor:
+    """(N, B) nats of the diffusion term by bands of log SNR between increasing `edges`: plain stratified averages for each image."""
+    total = torch.zeros(len(problem.levels), len(edges) - 1, dtype=torch.float64)
+    columns = sum(int((~r.layout.is_decoder).sum()) for r in rounds)
+    for r in rounds:
+        mine = ~r.layout.is_decoder
+        band = torch.bucketize(r.log_snr[:, mine], edges, right=True).clamp(1, len(edges) - 1) - 1
+        total.scatter_add_(1, band, r.nats[:, mine] * r.inverse_density[:, mine] / columns)
+    return total
+
+
+def octaves(rounds: Sequence[EvaluationRound], width: float) -> Tensor:
+    """Edges at multiples of `width` that hold all log SNRs of the rounds."""
+    parts = [r.log_snr[:, ~r.layout.is_decoder] for r in rounds]
+    finite = torch.cat([p.flatten() for p in parts]).clamp(-40, 40)
+    first, last = math.floor(float(finite.min()) / width), math.floor(float(finite.max()) / width) + 1
+    return torch.arange(first, last + 1, dtype=torch.float64) * width
 
 
 def _known_part(problem: Problem, surrogate: Surrogate) -> Tensor:

@@ -26,6 +26,10 @@ class LikelihoodReport:
         settings: how the figure came about: number of steps, decoder, levels, ... (JSON primitives).
         loss_curve: the network's loss against log SNR: lists `log_snr` (centre of a bin), `mse` (mean |eps - eps_hat|^2 / D),
             `count`; None where no such loss was measured.
+        nats_error: (N,) one standard deviation of every image's own estimate. It comes from few replicates, so that it is rough for one
+            image and right on average; None where the method has no such error.
+        log_snr_edges: (B + 1,) increasing edges of bands of log SNR, each an octave of alpha / sigma; None without a diffusion term.
+        nats_by_log_snr: (N, B) what each band adds to `diffusion`, by plain stratified averages: rough for one image, right on average.
     """
 
     method: str
@@ -39,6 +43,9 @@ class LikelihoodReport:
     num_model_evaluations: int
     settings: dict[str, Any] = field(default_factory=dict)
     loss_curve: dict[str, list[float]] | None = None
+    nats_error: Tensor | None = None
+    log_snr_edges: Tensor | None = None
+    nats_by_log_snr: Tensor | None = None
 
     @property
     def bits_per_dim(self) -> float:
