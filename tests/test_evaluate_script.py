@@ -53,6 +53,10 @@ def test_everything_is_written_and_the_last_line_is_the_figure(checkpoint, tmp_p
     assert result["num_model_evaluations"] == 4 * 297
     assert result["histogram_bits_per_dim"] == pytest.approx(2.423, abs=1e-3)
     assert any("2.423" in line for line in lines)
+    # no weights at all: to know the levels adds to the covariance
+    analytic = {name: one["bits_per_dim"] for name, one in result["analytic_bits_per_dim"].items()}
+    assert analytic["wiener_and_levels"] < analytic["wiener"] - 0.1 and analytic["wiener_and_levels"] < 3
+    assert any(line.startswith("for comparison: Wiener's filter") for line in lines)
     # the area under the curve is the diffusion term, found another way
     area = result["diffusion_by_integral"]
     errors = [point["standard_error"] for point in result["loss_by_log_snr"]]
@@ -61,6 +65,18 @@ def test_everything_is_written_and_the_last_line_is_the_figure(checkpoint, tmp_p
     assert abs(area - result["diffusion"]) < 5 * spread + 0.01 * area
     for name in ("loss_by_log_snr.png", "samples.png"):
         assert (tmp_path / name).stat().st_size > 500
+
+
+def test_against_another_model_the_difference_has_a_small_error(checkpoint, tmp_path, capsys):
+    argv = ["--checkpoint", str(checkpoint), "--max_images", "40", "--num_sample_images", "0", "--baseline", "false"]
+    argv += ["--output_dir", str(tmp_path)]
+    assert evaluate.main([*argv, "--against", "model_cards/digits-elbo"]) == 0
+    assert "less that of model_cards/digits-elbo: +" in capsys.readouterr().out
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert result["against"]["difference"] > 0.5 and result["against"]["checkpoint"] == "model_cards/digits-elbo"
+    assert evaluate.main([*argv, "--against", str(checkpoint)]) == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["against"]["difference"] == 0
+    assert evaluate.main([*argv, "--against", str(tmp_path / "nothing")]) == 2
 
 
 def test_the_bound_of_chains_is_that_of_ancestral_sampling(checkpoint, tmp_path, capsys):

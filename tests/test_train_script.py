@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import socket
@@ -611,6 +612,34 @@ def test_the_best_is_kept_and_time_runs_out(run, tmp_path):
         )
         == 0
     )
+
+
+def test_the_change_between_evaluations_is_measured_and_the_best_is_the_paired_one(run, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(out, eval_steps=2, keep_best="true", max_train_steps=6, eval_change_samples=2) == 0
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    entries = [entry for entry in entries if "eval/bits_per_dim" in entry]
+    assert "eval/since_last" not in entries[0] and entries[0]["eval/is_best"] == 1
+    for entry in entries[1:]:
+        assert 0 < entry["eval/since_last_error"] < 0.1 and math.isfinite(entry["eval/since_best"])
+        expected = entry["eval/since_best"] + entry["eval/since_best_error"] < 0
+        assert entry["eval/is_best"] == expected
+    best = json.loads((out / "best" / "evaluation.json").read_text())
+    assert best["step"] == [entry["step"] for entry in entries if entry["eval/is_best"]][-1]
+    assert "change in bits/dim" in capsys.readouterr().out
+
+
+def test_early_stopping_ends_a_run_that_gains_nothing_and_a_resumed_one(run, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = {"eval_steps": 1, "early_stopping": 2, "learning_rate": 1e-30, "eval_change_samples": 2}
+    assert run(out, **options, max_train_steps=30) == 0
+    captured = capsys.readouterr().out
+    assert "step 3: 2 evaluation(s) without a gain, training ends (--early_stopping)" in captured
+    assert VDMPipeline.from_pretrained(out).unet is not None  # the pipeline is saved as after the last step
+    assert run(out, **options, max_train_steps=30, resume_from_checkpoint="latest") == 0
+    with pytest.raises(SystemExit):
+        run(tmp_path / "other", early_stopping=2, eval_steps=0)
+    assert "--early_stopping needs --eval_steps" in capsys.readouterr().err
 
 
 WITHOUT_PACKAGE = """

@@ -31,16 +31,25 @@ from typing import Any
 
 import torch
 from checkpoints import CheckpointError, write_json
+from class_labels import labels_to_evaluate
 from data import DataError, ImageSet, default_test_split, figure_name, load_split
 from diffusers.utils import logging as diffusers_logging
-from evaluating import TERMS, bits_per_dim, combined_error, draw_samples, histogram_bits_per_dim, loss_by_log_snr
+from evaluating import (
+    TERMS,
+    analytic_bits_per_dim,
+    bits_per_dim,
+    combined_error,
+    draw_samples,
+    histogram_bits_per_dim,
+    loss_by_log_snr,
+)
 from evaluation_report import extreme_images, markdown_block, plot_steps, plot_terms, plot_weights, write_per_image
 from latent_models import LatentModel, latent_bits_per_dim, latent_pictures, latent_report, latent_samples
 from plots import image_grid, plot_loss_by_log_snr
 from sample_quality import SampleQualityError, inception, sample_quality
 from torch import Tensor
 
-from vdm_diffusers import LatentVDMPipeline, VDMPipeline
+from vdm_diffusers import LatentVDMPipeline, VDMPipeline, compare_likelihood
 from vdm_diffusers.hub import Provenance
 from vdm_diffusers.loading import folder_name, is_on_hub, load_model
 from vdm_diffusers.models.labels import is_class_conditional, num_classes
@@ -114,11 +123,14 @@ def evaluate(
         "diffusion_by_integral": sum(point["bits_per_dim_per_log_snr"] for point in profile) * width,
     }
     if args.baseline:
-        result["histogram_bits_per_dim"] = histogram_bits_per_dim(
-            load_split(data, data.train_split, data_seed), images
-        )
+        train = load_split(data, data.train_split, data_seed)
+        result["histogram_bits_per_dim"] = histogram_bits_per_dim(train, images)
+        result["analytic_bits_per_dim"] = analytic_bits_per_dim(train, images, seed=args.seed)
 
     print(figure_line(result), flush=True)  # before anything is written, which may fail
+    if args.against is not None:
+        result["against"] = difference(args, pipeline, images)
+        print(f"less that of {args.against}: {result['against']['text']}", flush=True)
     if lengths:
         result["steps_curve"] = steps_curve(chain, images, args, lengths)
         plot_steps(output_dir / "steps.png", result["steps_curve"])
@@ -174,9 +186,41 @@ def evaluate(
         rows.append(
             ("for comparison: one histogram for each pixel", f"{result['histogram_bits_per_dim']:.4f} bits/dim")
         )
+        number = min(256, result["num_images"])
+        for name, words in (
+            ("wiener", f"Wiener's filter, no weights, {number} images"),
+            ("wiener_and_levels", "and the pixels' levels"),
+        ):
+            one = result["analytic_bits_per_dim"][name]
+            rows.append(
+                (f"for comparison: {words}", f"{one['bits_per_dim']:.4f} +- {one['standard_error']:.4f} bits/dim")
+            )
     print(table(rows))
     print(f"wrote {', '.join(written_since(output_dir, begun))} to {output_dir}")
     return result
+
+
+def difference(args: EvaluateArguments, pipeline: VDMPipeline, images: ImageSet) -> dict[str, Any]:
+    """The figure less that of --against, from shared noise (`compare_likelihood`)."""
+    assert args.against is not None
+    other = load_model(args.against, pipeline.device)
+    sides: list[dict[str, Any]] = []
+    for model in (pipeline, other):
+        labels = labels_to_evaluate(model.unet, images) if isinstance(model, VDMPipeline) else None
+        sides.append({} if labels is None else {"class_labels": labels})
+    report = compare_likelihood(
+        pipeline,
+        other,
+        images.images,
+        a_options=sides[0],
+        b_options=sides[1],
+        method=None if args.method == "auto" else args.method,
+        num_samples=args.num_samples,
+        batch_size=args.batch_size,
+        generator=args.seed,
+        target_standard_error=args.target_standard_error,
+    )
+    return report.to_dict() | {"checkpoint": args.against, "text": str(report)}
 
 
 def results_folder(args: EvaluateArguments) -> Path:
@@ -220,7 +264,12 @@ def evaluate_latent(
         ValueError: for what only diffusion models have.
     """
     begun = time.time_ns()
-    wanted = {"--method": args.method != "auto", "--steps_curve": args.steps_curve, "--fid": args.fid}
+    wanted = {
+        "--against": args.against,
+        "--method": args.method != "auto",
+        "--steps_curve": args.steps_curve,
+        "--fid": args.fid,
+    }
     wanted |= likelihood_options(args)
     refused = [name for name, value in wanted.items() if value]
     if refused:

@@ -15,7 +15,7 @@ from randomness import generator_for
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vdm_diffusers import VDMPipeline, evaluate_likelihood
+from vdm_diffusers import VDMPipeline, VDMScheduler, VDMUNet2DModel, evaluate_likelihood, fit_analytic_start
 from vdm_diffusers.decoders import encode_pixels
 from vdm_diffusers.elbo import squared_error
 from vdm_diffusers.evaluation.adapters import Predictor
@@ -201,6 +201,57 @@ def histogram_bits_per_dim(train: ImageSet, test: ImageSet) -> float:
         counts = torch.bincount(level_train.long(), minlength=train.num_levels).double() + 1
         total -= float((counts / counts.sum()).log2()[level_test.long()].sum())
     return total / test.images.numel()
+
+
+def analytic_bits_per_dim(
+    train: ImageSet,
+    test: ImageSet,
+    *,
+    seed: int,
+    num_images: int = 256,
+    num_samples: int = 8,
+    progress_bar: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Two bounds that need no training, of the first `num_images` test images: what a network's figure should be compared with.
+
+    `wiener`: the linear denoiser of Gaussian data with the training images' mean and covariance. `wiener_and_levels`: that denoiser, told
+    how frequent each level of a pixel is (`models.analytic_start`). Each is a dict of bits_per_dim and standard_error.
+    """
+    encoding: Any = "bin_center"
+    # VDM's ends for 256 levels; of fewer, which lie further apart, the noise of z_0 hides as little
+    log_snr_max, log_snr_min = 13.3 + 2 * math.log(train.num_levels / 256), -5.0
+    ends = {"log_snr_max": log_snr_max, "log_snr_min": log_snr_min}
+    scheduler = VDMScheduler(beta_schedule="log_snr_linear", **ends)
+    steps = scheduler.config.num_train_timesteps
+    chosen = torch.randperm(len(train), generator=generator_for(seed, "analytic"))[:20_000]
+    images, channels = train.images[chosen], train.images.shape[1]
+    sizes = {"hidden_channels": 8, "layers_per_block": 1, "norm_num_groups": 4, "add_attention": False}
+    found = {}
+    for name, num_levels in (("wiener", None), ("wiener_and_levels", train.num_levels)):
+        network = VDMUNet2DModel(  # a new one answers zero, and so changes nothing
+            in_channels=3 * channels,
+            out_channels=2 * channels,
+            fourier_exponents=(),
+            residual_connection=False,
+            **sizes,
+        )
+        model = fit_analytic_start(
+            network,
+            images if num_levels else encode_pixels(images, train.num_levels, encoding),
+            knots=[-1.0, steps - 1.0],
+            log_snr=[log_snr_max, log_snr_min],
+            num_levels=num_levels,
+            pixel_encoding=encoding,
+        )
+        report = evaluate_likelihood(
+            VDMPipeline(model, scheduler, num_levels=train.num_levels, pixel_encoding=encoding),
+            test.images[:num_images],
+            num_samples=num_samples,
+            generator=generator_for(seed, "analytic"),
+            progress_bar=progress_bar,
+        )
+        found[name] = {"bits_per_dim": report.bits_per_dim, "standard_error": report.total_error}
+    return found
 
 
 def combined_error(errors: Sequence[float]) -> float:

@@ -53,6 +53,8 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
+from changes import Changes
+from changes import one_line as one_line_of_changes
 from checkpoints import (
     CheckpointError,
     CheckpointWriter,
@@ -517,6 +519,15 @@ class Training:
         # a login that is missing is found out now, not in days
         self.repo_id = hub_repository(args, self.output_dir) if accelerator.is_main_process else None
         self.last_evaluation: dict[str, Any] | None = None
+        self.changes = None
+        if args.run.eval_change_samples and not self.is_latent:
+            self.changes = Changes(
+                num_samples=args.run.eval_change_samples,
+                seed=optimization.seed,
+                batch_size=args.run.eval_batch_size,
+                process_index=accelerator.process_index,
+                num_processes=accelerator.num_processes,
+            )
         self.last_samples: dict[str, Path] = {}  # pictures of the model card
 
         with accelerator.local_main_process_first():  # the others find what the first has downloaded
@@ -814,7 +825,7 @@ class Training:
         if 0 < self.step < self.num_steps and self.is_time_to_look() and not self.log.has_evaluation(self.step):
             self.look()  # which the run before was stopped at
         with bar:
-            while self.step < self.num_steps:
+            while self.step < self.num_steps and not self.has_stopped_gaining():
                 began = time.perf_counter()
                 self.optimizer_step()
                 self.training_seconds += time.perf_counter() - began
@@ -851,6 +862,16 @@ class Training:
                 self.draw_samples()
         self.publish()
         self.leave()
+
+    def has_stopped_gaining(self) -> bool:
+        """Whether --early_stopping ends the run here."""
+        patience = self.args.run.early_stopping
+        if patience is None or self.changes is None or self.changes.waited < patience:
+            return False
+        self.accelerator.print(
+            f"step {self.step}: {patience} evaluation(s) without a gain, training ends (--early_stopping)"
+        )
+        return True
 
     def is_time_to_look(self) -> bool:
         """Whether an evaluation or samples are due at this step."""
@@ -991,20 +1012,31 @@ class Training:
         )
         self.network.train()
         self.last_evaluation = result
+        if self.changes is not None:
+            found = self.changes.measure(averaged, self.pipeline, self.eval_images)
+            self.network.train()
+            result |= found
         self.log.write(self.step, {f"eval/{name}": value for name, value in result.items()})
         error = combined_error([result["standard_error"], result["sampling_error"]])
         terms = ", ".join(f"{term} {result[term]:.3f}" for term in TERMS if term in result)
         if self.accelerator.is_local_main_process:
             tqdm.write(f"step {self.step}: {self.figure} {result['bits_per_dim']:.3f} +- {error:.3f} ({terms})")
+            if self.changes is not None and "since_last" in result:
+                tqdm.write(f"    change in bits/dim: {one_line_of_changes(result)}")
         if self.args.run.keep_best and self.accelerator.is_main_process:
             self.keep_if_best(averaged, result)
 
     def keep_if_best(self, averaged: ModelMixin, result: dict[str, Any]) -> None:
-        """The pipeline of the lowest bits/dim so far, also before a resumption, with its figures."""
+        """The pipeline of the best evaluation so far, also before a resumption, with its figures.
+
+        Where the change since the best was measured it decides: it is known far better than two figures.
+        """
         target = self.output_dir / BEST_FOLDER
         held = target / "evaluation.json"
-        if held.is_file() and json.loads(held.read_text(encoding="utf-8"))["bits_per_dim"] <= result["bits_per_dim"]:
-            return
+        if held.is_file():
+            lowest = json.loads(held.read_text(encoding="utf-8"))["bits_per_dim"]
+            if not (result["is_best"] if "since_best" in result else result["bits_per_dim"] < lowest):
+                return
         figures = {name: value for name, value in result.items() if name != "per_image"} | {"step": self.step}
         with explained_failure(self.output_dir), atomic_folder(target) as folder:
             self.pipeline(averaged).save_pretrained(folder)
@@ -1086,6 +1118,7 @@ class Training:
             "seconds": self.seconds(),
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "evaluations_without_gain": 0 if self.changes is None else self.changes.waited,
         }
 
         def write() -> None:
@@ -1270,6 +1303,10 @@ class Training:
                 averaged = VDMPipeline.from_pretrained(checkpoint).unet
             if self.ema is not None:
                 self.ema.model.load_state_dict(averaged.state_dict())
+            if self.changes is not None:
+                self.changes.waited = position.get("evaluations_without_gain", 0)
+                if (self.output_dir / BEST_FOLDER / "evaluation.json").is_file():
+                    self.changes.best = VDMPipeline.from_pretrained(self.output_dir / BEST_FOLDER).unet.state_dict()
         except RuntimeError as error:
             raise CheckpointError(
                 f"{checkpoint} is of another network than the arguments describe: {error}"

@@ -100,6 +100,15 @@ def _check_diffusion(arguments: Arguments) -> None:
             "--eval_num_samples must be at least 2, and 4 for a table of betas, for an error bar; got "
             f"{run.eval_num_samples}."
         )
+    if 0 < run.eval_change_samples < (4 if table else 2):
+        raise ValueError(
+            "--eval_change_samples must be 0, or at least 2, and 4 for a table of betas, for an error bar; got "
+            f"{run.eval_change_samples}."
+        )
+    if run.early_stopping is not None and not (run.eval_steps and run.eval_change_samples):
+        raise ValueError(
+            "--early_stopping needs --eval_steps and --eval_change_samples, which say when there is no gain."
+        )
     if table and diffusion.train_time == "discrete" and diffusion.loss in ELBO_WEIGHTED:
         raise ValueError(
             f"--loss {diffusion.loss} with a table of betas needs --train_time continuous: the step from x_1 to clean "

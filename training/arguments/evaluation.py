@@ -38,6 +38,12 @@ class EvaluateArguments:
     max_images: int | None = argument(
         None, "Evaluate the first so many images; none: all.", bounds=Bounds(1), basic=True
     )
+    against: str | None = argument(
+        None,
+        "Another model, as --checkpoint: also the difference of the two, from shared noise, with a far smaller error than two figures have.",
+        path=True,
+        basic=True,
+    )
     method: Literal["auto", "continuous", "discrete", "importance_weighted", "ode"] = argument(
         "auto",
         "ELBO in continuous time, or of a chain of --num_steps steps, its K-sample bound, or the probability-flow ODE; auto: "

@@ -395,6 +395,17 @@ class RunArguments:
         "latest.",
         bounds=POSITIVE,
     )
+    eval_change_samples: int = argument(
+        4,
+        "Evaluations an image, of either network, for the change of the bits/dim since the last evaluation and since the best one. 0: not "
+        "measured.",
+        bounds=Bounds(0, 4096),
+    )
+    early_stopping: int | None = argument(
+        None,
+        "End training after so many evaluations in a row that did not beat the best one by more than the error of the difference.",
+        bounds=Bounds(1),
+    )
     eval_num_samples: int = argument(
         4, "Network evaluations for each image and evaluation, stratified over time.", bounds=Bounds(1, 2**24)
     )

@@ -103,6 +103,7 @@ RULES = (
         "another --lr_scheduler than constant",
         lambda a: a.optimization.lr_scheduler != "constant",
     ),
+    Rule(("eval_change_samples", "early_stopping"), "--model vdm", lambda a: a.model.model == "vdm"),
     Rule(("logging_dir",), "a --logger", lambda a: a.run.logger != "none"),
     Rule(
         ("push_checkpoints", "hub_model_id", "hub_private_repo"),
