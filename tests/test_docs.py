@@ -55,12 +55,16 @@ def page_names(page: Path, folder: Path) -> dict[str, object]:
         blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
         stock = UNet2DModel(sample_size=4, in_channels=1, out_channels=1, **sizes, **blocks)
         pipe = DDPMPipeline(stock, DDPMScheduler())
+    other = VDMPipeline(small_unet(), scheduler, num_levels=17) if isinstance(pipe, VDMPipeline) else pipe
     pipe.set_progress_bar_config(disable=True)
     images = torch.randint(0, 17, (6, 1, 4, 4))
     x, z = encode_pixels(images, 17), torch.randn(6, 1, 4, 4)
     photo, mask = images[:1], torch.tensor([[0.0, 0, 1, 1]] * 4)
     names = {
         "pipe": pipe,
+        "other_pipe": other,
+        "class_pipe": VDMPipeline(small_unet(num_class_embeds=10), scheduler, num_levels=17),
+        "labels": torch.arange(6),
         "unet": unet,
         "network": unet,
         "model": unet,
@@ -109,6 +113,10 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch, record_property):
     monkeypatch.chdir(tmp_path)  # what a block writes is not left in the repository
     published = VDMPipeline(small_unet(), VDMScheduler(beta_schedule="log_snr_linear"), num_levels=17)
     published.save_pretrained(tmp_path / "model_cards" / "digits-elbo")
+    class_pipe = VDMPipeline(
+        small_unet(num_class_embeds=10), VDMScheduler(beta_schedule="log_snr_linear"), num_levels=17
+    )
+    class_pipe.save_pretrained(tmp_path / "model_cards" / "digits-class")
     names, skipped, ran = page_names(page, tmp_path), [], 0
     for line, why, code in blocks(page):
         if why:
