@@ -281,3 +281,26 @@ def test_zero_terminal_snr_has_a_discrete_bound():
     assert report.nats.isfinite().all() and float(report.prior.abs().max()) < 1e-12
     with pytest.raises(ValueError, match="does not determine"):
         evaluate(DDPMPipeline(pipe.unet, DDPMScheduler(rescale_betas_zero_snr=True)), images(), num_samples=1000)
+
+
+@pytest.mark.parametrize("shape", [(30,), (2, 40), (2, 3, 4, 5), (600,)])
+def test_data_of_every_shape_has_its_density(shape):
+    """Vectors, audio, volumes: the exact denoiser's bound of continuous data is their -ln p."""
+    generator = torch.Generator().manual_seed(0)
+    means = 0.2 * torch.randn(3, *shape, generator=generator, dtype=torch.float64)
+    data = GaussianMixture(means, torch.full((3,), 0.1).double(), torch.full((3,), 1 / 3).double())
+    x, s = data.sample(40, generator), log_snr_scheduler()
+    report = evaluate(data.as_model(s.log_snr), x.float(), scheduler=s, num_levels=None, num_samples=32)
+    truth = float(data.nats(x).mean()) / data.num_dims
+    # the decoder's own noise at log SNR 13.3 is the rest
+    assert abs(report.nats_per_dim - truth) < 4 * report.standard_error * math.log(2) + 0.005
+
+
+def test_integer_vectors_and_volumes():
+    s = log_snr_scheduler()
+    for shape in ((50, 20), (20, 1, 2, 3, 4)):
+        levels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
+        data = GaussianMixture.points(encode_pixels(levels, 256, "bin_center", torch.float64))
+        report = evaluate(data.as_model(s.log_snr), levels, scheduler=s, num_samples=64)
+        # -ln p of N known points is ln N; the prior and the decoder add little
+        assert report.bits_per_dim * report.num_dims == pytest.approx(math.log2(len(levels)), abs=1.5)

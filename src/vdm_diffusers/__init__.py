@@ -32,6 +32,7 @@ from .models import (
     HierarchicalVAE,
     LearnedNoiseSchedule,
     VariationalAutoencoder,
+    VDMMLPModel,
     VDMUNet2DModel,
     fit_analytic_start,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "MutualInformationReport",
     "ProbabilityFlow",
     "VDMFlowScheduler",
+    "VDMMLPModel",
     "VDMPipeline",
     "VDMScheduler",
     "VDMSigmaScheduler",
@@ -78,6 +80,7 @@ register_with_diffusers(
         "HierarchicalVAE",
         "LatentVDMPipeline",
         "VDMFlowScheduler",
+        "VDMMLPModel",
         "VDMPipeline",
         "VDMScheduler",
         "VDMSigmaScheduler",

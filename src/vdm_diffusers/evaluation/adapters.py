@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vdm_diffusers.decoders import PIXEL_ENCODINGS, PixelEncoding
-from vdm_diffusers.evaluation.images import check_size, load_images, load_labels
+from vdm_diffusers.evaluation.images import check_size, data_ndim, load_images, load_labels
 from vdm_diffusers.likelihood import DenoisingModel
 from vdm_diffusers.models.calling import call_network, device_and_dtype
 from vdm_diffusers.models.labels import num_classes
@@ -33,7 +33,7 @@ def prepare(
 ) -> tuple[Tensor, DenoisingModel, torch.device, int]:
     """The images as integers, the network as the core calls it, its device, and how many evaluations to do at a time."""
     check_kwargs(model_kwargs)
-    levels, labels = load_images(images, class_labels, num_levels)
+    levels, labels = load_images(images, class_labels, num_levels, data_ndim(network))
     check_size(network, levels)
     if class_labels is None and num_classes(network) is None:
         labels = None  # those that came with the images mean nothing to the network

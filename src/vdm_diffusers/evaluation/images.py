@@ -13,11 +13,26 @@ from torch import Tensor
 from vdm_diffusers.models.labels import default_label, null_label, num_classes
 
 _CHANNELS = (1, 2, 3, 4)  # of an image, by which an array (..., H, W, C) is told from one (..., C, H, W)
+_SHAPES = {2: "(N, D)", 3: "(N, C, L)", 4: "(N, C, H, W)", 5: "(N, C, D, H, W)"}
 _PIL_LEVELS = {"L": 256, "RGB": 256, "RGBA": 256, "LA": 256, "1": 2}
 
 
-def load_images(images: Any, class_labels: Any, num_levels: int | None) -> tuple[Tensor, Any]:
-    """All images as one integer tensor (N, C, H, W), and their labels.
+def data_ndim(network: Any) -> int | None:
+    """Dimensions of a batch for a network whose class says it: 2 for vectors, 3 for audio, 4 for images, 5 for video; else None."""
+    name, config = type(network).__name__, getattr(network, "config", None)
+    if config is None:
+        return None
+    for marks, ndim in ((("MLP",), 2), (("1D",), 3), (("3D", "Video"), 5)):
+        if any(mark in name for mark in marks):
+            return ndim
+    return 4 if config.get("sample_size") is not None else None
+
+
+def load_images(images: Any, class_labels: Any, num_levels: int | None, ndim: int | None = None) -> tuple[Tensor, Any]:
+    """All images as one integer tensor (N, C, H, W), or data of another shape (N, ...), and their labels.
+
+    `ndim`: of a batch, where the network says it. Without it a tensor of three dimensions is one image of integers, or a batch (N, C, L)
+    of numbers.
 
     Labels are read from the data set if `class_labels` names a column, and from batches of (images, labels) if it is None.
     """
@@ -47,7 +62,7 @@ def load_images(images: Any, class_labels: Any, num_levels: int | None) -> tuple
         ):
             batch, labels = batch
             own_labels.append(labels)
-        part = to_levels(batch, num_levels)
+        part = to_levels(batch, num_levels, ndim)
         if parts and part.shape[1:] != parts[0].shape[1:]:
             raise ValueError(
                 f"all of `images` must have one size, got {tuple(parts[0].shape[1:])} and {tuple(part.shape[1:])}: resize them "
@@ -67,8 +82,10 @@ def read_once(images: Any) -> Any:
     return list(images) if isinstance(images, Iterable) else images
 
 
-def _as_batch(value: Any) -> Any:
-    """Arrays, nested lists and single images as a tensor (B, C, H, W); anything else as it is."""
+def _as_batch(value: Any, ndim: int | None) -> Any:
+    """Arrays, nested lists and single images as a tensor (B, C, H, W); anything else, and data of another `ndim`, as it is."""
+    if ndim not in (None, 4):
+        return torch.as_tensor(value) if isinstance(value, (np.ndarray, list, tuple)) else value
     if isinstance(value, (np.ndarray, list, tuple)) and not any(isinstance(one, Tensor) for one in value):
         array = np.asarray(value)
         last_is_channel = array.ndim in (3, 4) and array.shape[-1] in _CHANNELS and array.shape[-1] < array.shape[-3]
@@ -79,18 +96,21 @@ def _as_batch(value: Any) -> Any:
     return value[None] if isinstance(value, Tensor) and value.ndim == 3 else value
 
 
-def to_levels(batch: Any, num_levels: int | None) -> Tensor:
-    """A batch, or one image, as integers (B, C, H, W) on the CPU, in the smallest dtype."""
-    batch = batch if isinstance(batch, PIL.Image.Image) else _as_batch(batch)
+def to_levels(batch: Any, num_levels: int | None, ndim: int | None = None) -> Tensor:
+    """A batch, or one image, as integers (B, C, H, W) on the CPU, in the smallest dtype; data of another shape likewise."""
+    if (
+        isinstance(batch, Tensor)
+        and ndim is None
+        and (batch.ndim in (2, 5) or (num_levels is None and batch.ndim == 3))
+    ):
+        ndim = batch.ndim
+    batch = batch if isinstance(batch, PIL.Image.Image) else _as_batch(batch, ndim)
+    shape = _SHAPES.get(ndim or 4, "(N, ...)")
     if num_levels is None:
-        if not (
-            isinstance(batch, Tensor)
-            and batch.is_floating_point()
-            and batch.ndim == 4
-            and bool(batch.isfinite().all())
-        ):
+        fits = isinstance(batch, Tensor) and batch.is_floating_point() and batch.ndim == (ndim or 4)
+        if not (fits and bool(batch.isfinite().all())):
             raise ValueError(
-                "with `num_levels=None` `images` must be finite floats (N, C, H, W), as the model takes them."
+                f"with `num_levels=None` `images` must be finite floats {shape}, as the model takes them."
             )
         return batch.detach().cpu().float()
     if isinstance(batch, PIL.Image.Image):
@@ -122,8 +142,8 @@ def to_levels(batch: Any, num_levels: int | None) -> Tensor:
             f"`images` must be integers 0..{top}, got {batch.dtype} from {low:g} to {high:g}. Likelihoods in bits/dim are of integers"
             + (f": pass {scaled}.round().to({dtype})." if scaled else ".")
         )
-    if batch.ndim != 4:
-        raise ValueError(f"`images` must have shape (N, C, H, W), got {tuple(batch.shape)}.")
+    if batch.ndim != (ndim or 4):
+        raise ValueError(f"`images` must have shape {shape}, got {tuple(batch.shape)}.")
     batch = batch.detach().cpu()
     batch = batch.to(torch.int64) if batch.dtype in (torch.uint16, torch.uint32, torch.uint64) else batch
     if batch.numel() and not 0 <= int(batch.min()) <= int(batch.max()) < num_levels:
@@ -156,7 +176,7 @@ def check_size(network: Callable[..., Any], levels: Tensor) -> None:
     )
     if channels is not None and channels != levels.shape[1]:
         raise ValueError(f"`images` must have the model's {channels} channels, got shape {tuple(levels.shape)}.")
-    if size is not None:
+    if size is not None and levels.ndim == 4:
         expected = (size, size) if isinstance(size, int) else tuple(size)
         if expected != tuple(levels.shape[2:]):
             raise ValueError(

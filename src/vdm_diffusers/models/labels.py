@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 # Networks that have one label more than classes; asked by name, since a class from a checkpoint's own code is another one.
-_WITH_NULL_LABEL = ("VDMUNet2DModel", "DiTTransformer2DModel")
+_WITH_NULL_LABEL = ("VDMUNet2DModel", "VDMMLPModel", "DiTTransformer2DModel")
 
 
 def num_classes(model: Any) -> int | None:
