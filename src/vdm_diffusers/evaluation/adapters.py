@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vdm_diffusers.decoders import PIXEL_ENCODINGS, PixelEncoding
 from vdm_diffusers.evaluation.images import check_size, data_ndim, load_images, load_labels
+from vdm_diffusers.evaluation.latent_space import PromptedNetwork
 from vdm_diffusers.likelihood import DenoisingModel
 from vdm_diffusers.models.calling import call_network, device_and_dtype
 from vdm_diffusers.models.labels import num_classes
@@ -32,7 +33,8 @@ def prepare(
     clip_denoised: bool,
 ) -> tuple[Tensor, DenoisingModel, torch.device, int]:
     """The images as integers, the network as the core calls it, its device, and how many evaluations to do at a time."""
-    check_kwargs(model_kwargs)
+    if not isinstance(network, PromptedNetwork):  # which is told what the pipeline tells it
+        check_kwargs(model_kwargs)
     levels, labels = load_images(images, class_labels, num_levels, data_ndim(network))
     check_size(network, levels)
     if class_labels is None and num_classes(network) is None:
@@ -65,7 +67,8 @@ def unpack(
         if latent:
             raise ValueError(
                 f"`model` is a {type(model).__name__} with `{latent[0]}`, a model of latents. The likelihood of pixels under it would need "
-                "the autoencoder's own likelihood: a pixel decoder on latents gives a number that means nothing."
+                "the autoencoder's own likelihood: a pixel decoder on latents gives a number that means nothing. For the likelihood of the "
+                "latents, in nats, pass space='latent'."
             )
         if components.get("unet") is None:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from vdm_diffusers.evaluation.chains import (
     optimal_of,
     reverse_variance_of,
 )
+from vdm_diffusers.evaluation.latent_space import PromptedNetwork, in_latent_space, is_latent_pipeline
 from vdm_diffusers.evaluation.methods import (
     Continuous,
     Discrete,
@@ -40,6 +41,7 @@ from vdm_diffusers.likelihood import (
 )
 from vdm_diffusers.reverse_variance import ReverseVariance
 
+Space = Literal["pixel", "latent"]
 _DECODERS = {SoftmaxDecoder: "softmax", GaussianDecoder: "discretized_gaussian", DensityDecoder: "gaussian_density"}
 
 
@@ -85,8 +87,30 @@ class Candidate:
         class_labels: Any = None,
         model_kwargs: dict[str, Any] | None = None,
         clip_denoised: bool = False,
+        prompts: Any = None,
+        space: Space | None = None,
     ) -> Candidate:
         """Arguments and errors as of `evaluate_likelihood`; `options`: those of the method, None where not given."""
+        if space not in (None, "pixel", "latent"):
+            raise ValueError(f"`space` must be 'pixel' or 'latent', got {space!r}.")
+        if prompts is not None or space == "latent":
+            if not is_latent_pipeline(model):
+                raise ValueError(
+                    f"`{'prompts' if prompts is not None else 'space'}` was given, and {type(model).__name__} is no pipeline of latents or prompts."
+                )
+            if model_kwargs or clip_denoised or num_levels not in ("auto", 256):
+                raise ValueError(
+                    "`model_kwargs`, `clip_denoised` and `num_levels` mean nothing to a pipeline that is told a prompt."
+                )
+            if components_need_space(model, space):
+                raise ValueError(
+                    f"`model`, a {type(model).__name__}, is one of latents: pass space='latent' for their likelihood, in nats of the latents."
+                )
+            task = in_latent_space(model, images, prompts=prompts, class_labels=class_labels)
+            model_kwargs = {name: rows[task.prompt_of] for name, rows in task.kept.items()}
+            images = task.latents if task.levels is None else task.levels
+            model, scheduler, class_labels = task.network, scheduler or task.scheduler, None
+            num_levels, pixel_encoding = task.data["num_levels"], task.data.get("pixel_encoding", "auto")
         network, scheduler, levels_of_a_pixel, encoding = unpack(model, scheduler, num_levels, pixel_encoding)
         chain = adopt(scheduler)
         if method is None:
@@ -140,7 +164,14 @@ class Candidate:
             "clip_denoised": self.denoiser.clip_denoised,
             "dtype": str(device_and_dtype(self.network)[1]).removeprefix("torch."),
         }
+        if isinstance(self.network, PromptedNetwork):
+            settings["space"] = "latent" if self.denoiser.num_levels is None else "pixel"
         if is_chain and self.chain.config.get("stochasticity", 1.0) != 1.0:
             stochasticity = self.chain.config.stochasticity
             settings["chain"] = f"ancestral (the scheduler samples with stochasticity {stochasticity})"
         return settings
+
+
+def components_need_space(pipe: Any, space: Space | None) -> bool:
+    """Whether a pipeline's data are latents, and that was not asked for."""
+    return pipe.components.get("vae") is not None and space != "latent"

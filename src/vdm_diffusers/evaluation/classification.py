@@ -12,9 +12,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vdm_diffusers.evaluation.adapters import Predictor, eval_mode
-from vdm_diffusers.evaluation.candidates import Candidate
+from vdm_diffusers.evaluation.candidates import Candidate, Space, components_need_space
 from vdm_diffusers.evaluation.comparison import compare_likelihood
 from vdm_diffusers.evaluation.images import load_labels
+from vdm_diffusers.evaluation.latent_space import in_latent_space, is_latent_pipeline
 from vdm_diffusers.evaluation.methods import Continuous, Discrete, EstimationMethod, Method
 from vdm_diffusers.evaluation.sharing import draw_seed
 from vdm_diffusers.likelihood.classification import ClassificationReport, evaluate_classes
@@ -28,6 +29,8 @@ def classify(
     images: Any,
     class_labels: Sequence[int] | Tensor | None = None,
     *,
+    prompts: Sequence[str] | None = None,
+    space: Space | None = None,
     scheduler: Any = None,
     prior: Sequence[float] | Tensor | None = None,
     method: Method | EstimationMethod | None = None,
@@ -50,6 +53,7 @@ def classify(
         model, images, scheduler, method, num_levels, pixel_encoding, batch_size, generator, progress_bar, num_steps, grid: as of
             `evaluate_likelihood`, for a class-conditional network. Of the methods the two that estimate the plain bound are possible.
         class_labels: the K labels to choose among. Default: all that stand for a class, without the one for "no class".
+        prompts, space: for a text-to-image pipeline: the K prompts to choose among, and space="latent" where it is one of latents.
         prior: (K,) positive weights of the classes, which need not sum to one. Default: all alike.
         num_samples: evaluations of the network for each image and class. More make the errors smaller.
         drop_unlikely: leave classes out of later rounds that are more than 7 nats and 4 errors behind the best one. `report.num_evaluations`
@@ -77,30 +81,26 @@ def classify(
     num_samples = whole_number("num_samples", num_samples) or 0
     if num_samples < 1:
         raise ValueError(f"`num_samples` must be at least 1, got {num_samples}.")
-    network = getattr(model, "unet", model)
-    labels = _labels_to_compare(network, class_labels)
-    log_prior = _log_prior(prior, len(labels))
-    candidate = Candidate.of(
-        model,
-        images,
-        scheduler=scheduler,
-        method=method,
-        options={"num_steps": num_steps, "grid": grid},
-        num_levels=num_levels,
-        pixel_encoding=pixel_encoding,
-        batch_size=batch_size,
-        class_labels=int(labels[0]),
-    )
+    common: dict[str, Any] = {
+        "method": method,
+        "options": {"num_steps": num_steps, "grid": grid},
+        "batch_size": batch_size,
+    }
+    if prompts is not None or space == "latent":
+        candidate, by_class, classes = _by_prompt(model, images, prompts, class_labels, space, common)
+    else:
+        common |= {"scheduler": scheduler, "num_levels": num_levels, "pixel_encoding": pixel_encoding}
+        candidate, by_class, classes = _by_label(model, images, class_labels, common)
+    log_prior = _log_prior(prior, len(classes))
     if candidate.term is None or not isinstance(candidate.way, Continuous | Discrete):
         raise ValueError(f"`method` must be 'continuous' or 'discrete', got {candidate.way.name!r}.")
-    by_class = Predictor(candidate.network, candidate.chain, candidate.device, labels, {}, len(labels))
     side = Side(replace(candidate.denoiser, predict=by_class), candidate.term, candidate.decoder)
-    total = len(candidate.levels) * len(labels) * num_samples
+    total = len(candidate.levels) * len(classes) * num_samples
     with eval_mode(candidate.network), torch.no_grad(), tqdm(total=total, disable=not progress_bar) as bar:
         log_odds, error, spent = evaluate_classes(
             side,
             candidate.levels,
-            len(labels),
+            len(classes),
             log_prior,
             num_samples=num_samples,
             batch_size=candidate.batch_size,
@@ -111,7 +111,7 @@ def classify(
             progress=bar.update,
         )
     settings = candidate.settings(num_samples) | {"method": candidate.way.name, "drop_unlikely": drop_unlikely}
-    return ClassificationReport(log_odds, error, spent, labels.tolist(), settings)
+    return ClassificationReport(log_odds, error, spent, classes, settings)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +179,38 @@ def mutual_information(
         report.sampling_error * to_bits,
         report.num_model_evaluations,
     )
+
+
+def _by_label(
+    model: Any, images: Any, class_labels: Any, common: dict[str, Any]
+) -> tuple[Candidate, Predictor, list[Any]]:
+    """A class-conditional network, and the same called with the number of a class."""
+    labels = _labels_to_compare(getattr(model, "unet", model), class_labels)
+    candidate = Candidate.of(model, images, class_labels=int(labels[0]), **common)
+    by_class = Predictor(candidate.network, candidate.chain, candidate.device, labels, {}, len(labels))
+    return candidate, by_class, labels.tolist()
+
+
+def _by_prompt(
+    model: Any, images: Any, prompts: Any, class_labels: Any, space: Space | None, common: dict[str, Any]
+) -> tuple[Candidate, Predictor, list[Any]]:
+    """A pipeline that is told a prompt (or a class), and its network called with the number of one."""
+    told = prompts if prompts is not None else class_labels
+    if not is_latent_pipeline(model) or components_need_space(model, space):
+        raise ValueError(
+            f"`prompts` and space='latent' are for pipelines that are told a prompt or work on latents, got a {type(model).__name__}"
+            + (", which is one of latents: pass space='latent'." if is_latent_pipeline(model) else ".")
+        )
+    told = told.tolist() if isinstance(told, Tensor) else told
+    if told is None or isinstance(told, (str, int)) or len(told) < 2 or len(set(told)) < len(told):
+        raise ValueError(f"`prompts` (or `class_labels`) must be two or more different ones, got {told!r}.")
+    which: dict[str, Any] = {"prompts" if prompts is not None else "class_labels": list(told)}
+    task = in_latent_space(model, images, one_for_each=False, **which)
+    first = {name: rows[:1] for name, rows in task.kept.items()}
+    data = task.latents if task.levels is None else task.levels
+    candidate = Candidate.of(task.network, data, scheduler=task.scheduler, model_kwargs=first, **task.data, **common)
+    by_class = Predictor(candidate.network, candidate.chain, candidate.device, None, task.kept, len(told))
+    return candidate, by_class, list(told)
 
 
 def _labels_to_compare(network: Any, class_labels: Sequence[int] | Tensor | None) -> Tensor:

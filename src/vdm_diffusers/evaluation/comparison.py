@@ -26,7 +26,16 @@ from vdm_diffusers.models import HierarchicalVAE, VariationalAutoencoder
 from vdm_diffusers.numerics import as_generator, whole_number
 from vdm_diffusers.pipelines import LatentVDMPipeline
 
-OF_A_SIDE = ("scheduler", "class_labels", "model_kwargs", "num_levels", "pixel_encoding", "clip_denoised")
+OF_A_SIDE = (
+    "scheduler",
+    "class_labels",
+    "model_kwargs",
+    "num_levels",
+    "pixel_encoding",
+    "clip_denoised",
+    "prompts",
+    "space",
+)
 _OF_THE_METHOD = ("num_steps", "grid", "variance_type", "variance_reduction")
 
 
@@ -61,7 +70,7 @@ def compare_likelihood(
             labels: `a_options={"class_labels": 3}, b_options={"class_labels": 5}`.
         images: as of `evaluate_likelihood`. Both models must take them.
         a_options, b_options: arguments of one side alone: `scheduler`, `class_labels`, `model_kwargs`, `num_levels`, `pixel_encoding`,
-            `clip_denoised`.
+            `clip_denoised`, `prompts`, `space`. Two prompts for one pipeline: which fits the images better.
         method: `"continuous"`, `"discrete"`, or an object; by default each model's own, which must be the same for a paired difference.
         num_samples: evaluations of each network for an image.
         target_standard_error: bits/dim, of the difference; go on until `standard_error` should be at most this.

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from vdm_diffusers.decoders import PixelEncoding
 from vdm_diffusers.evaluation.adapters import eval_mode
-from vdm_diffusers.evaluation.candidates import Candidate
+from vdm_diffusers.evaluation.candidates import Candidate, Space
 from vdm_diffusers.evaluation.chains import Grid
 from vdm_diffusers.evaluation.latent_models import evaluate_latent_model
 from vdm_diffusers.evaluation.methods import EstimationMethod, ImportanceWeighted, Method, ProbabilityFlow
@@ -57,6 +57,8 @@ def evaluate_likelihood(
     tolerance: float | None = None,
     resume_dir: str | Path | None = None,
     accelerator: Any = None,
+    prompts: str | Sequence[str] | None = None,
+    space: Space | None = None,
 ) -> LikelihoodReport:
     r"""Bits/dim of images under a diffusion model, with the error of the estimate.
 
@@ -117,6 +119,9 @@ def evaluate_likelihood(
             on from there, with another target or limit too. Without `generator` the seed is then 0.
         accelerator: an `accelerate.Accelerator`, whose processes share the work, batch by batch, and all get the same report. Images
             and arguments must be the same everywhere; the figure is that of one process.
+        prompts: for a text-to-image pipeline, one for all images or one for each; "" by default. The pipeline itself encodes them.
+        space: `"latent"`: the likelihood of the latents that a pipeline's `vae` makes of the images (their means), a density in nats for
+            each number of a latent (`nats_per_dim`). It is not one of the images: the autoencoder's own likelihood is missing.
 
     Returns:
         [`LikelihoodReport`]: `bits_per_dim`, `standard_error` (of the estimate, for these images), `sampling_error` (between images),
@@ -156,7 +161,7 @@ def evaluate_likelihood(
     }
     if isinstance(model, LatentVDMPipeline | VariationalAutoencoder | HierarchicalVAE):
         given = options | {"scheduler": scheduler, "model_kwargs": model_kwargs, "resume_dir": resume_dir}
-        given |= {"class_labels": class_labels, "accelerator": accelerator}
+        given |= {"class_labels": class_labels, "accelerator": accelerator, "prompts": prompts, "space": space}
         shared: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "progress_bar": progress_bar}
         limits: dict[str, Any] = {
             "target_standard_error": target_standard_error,
@@ -175,6 +180,8 @@ def evaluate_likelihood(
         class_labels=class_labels,
         model_kwargs=model_kwargs,
         clip_denoised=clip_denoised,
+        prompts=prompts,
+        space=space,
     )
     seed = 0 if generator is None and resume_dir is not None else shared_seed(generator, accelerator)
     return _estimate(
