@@ -32,7 +32,7 @@ from vdm_diffusers.objectives import diffusion_loss
 from vdm_diffusers.time_sampling import low_discrepancy
 
 TABLES = {"breast cancer": (load_breast_cancer, 1), "wine": (load_wine, 1)}
-ENDS = {"log_snr_max": 8.0, "log_snr_min": -6.0}  # noise of 0.018 standard deviations: rows are not known better
+ENDS = {"log_snr_max": 4.0, "log_snr_min": -6.0}  # noise of 0.14 standard deviations: so few rows say no more
 
 
 def split(name: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,7 +50,7 @@ def train(x: Tensor, steps: int, seed: int) -> tuple[VDMMLPModel, VDMScheduler]:
     """A small network by the bound, its weights averaged over the second half of training."""
     torch.manual_seed(seed)
     scheduler = VDMScheduler(beta_schedule="log_snr_linear", **ENDS)
-    network = VDMMLPModel(in_channels=x.shape[1], hidden_channels=128, num_layers=3, dropout=0.2)
+    network = VDMMLPModel(in_channels=x.shape[1], hidden_channels=64, num_layers=2, dropout=0.3)
     average = torch.optim.swa_utils.AveragedModel(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +35,21 @@ class PromptedNetwork(nn.Module):
         network: the pipeline's own.
         sample_name, time_name: what it calls its two arguments.
         time_scale: by which it wants the scheduler's timesteps multiplied.
+        time_dtype: of the timestep, where it is a float.
         shared: arguments that are the same for all images.
     """
 
     def __init__(
-        self, network: nn.Module, sample_name: str, time_name: str, time_scale: float, shared: dict[str, Any]
+        self,
+        network: nn.Module,
+        sample_name: str,
+        time_name: str,
+        time_scale: float,
+        time_dtype: torch.dtype | None,
+        shared: dict[str, Any],
     ):
         super().__init__()
+        self.time_dtype = time_dtype
         self.network, self.shared = network, shared
         self.sample_name, self.time_name, self.time_scale = sample_name, time_name, time_scale
 
@@ -53,7 +61,7 @@ class PromptedNetwork(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor, **kept: Any) -> Any:
         """The network's answer; `kept` are arguments with one row for each image of the batch."""
         time = timestep if self.time_scale == 1 else timestep * self.time_scale
-        own = {self.sample_name: sample, self.time_name: time.to(sample.dtype) if self.time_scale != 1 else time}
+        own = {self.sample_name: sample, self.time_name: time if self.time_dtype is None else time.to(self.time_dtype)}
         output = self.network(**own, **_nested(self.shared | kept), return_dict=False)
         output = output[0] if isinstance(output, (tuple, list)) else output
         return torch.stack(list(output)) if isinstance(output, (tuple, list)) else output
@@ -90,7 +98,7 @@ def is_latent_pipeline(model: Any) -> bool:
     components = getattr(model, "components", None)
     if not isinstance(components, dict) or components.get("scheduler") is None:
         return False
-    return components.get("vae") is not None or (
+    return any(components.get(part) is not None for part in ("vae", "text_encoder")) or (
         components.get("transformer") is not None and components.get("unet") is None
     )
 
@@ -127,12 +135,12 @@ def in_latent_space(
     different = list(dict.fromkeys(given))
     size = (levels.shape[-2], levels.shape[-1])
     captured = [_capture(pipe, network, takes, value, size) for value in different]
-    sample_name, time_name, scale = captured[0][:3]
-    kept, shared = _sorted_out([c[3] for c in captured], name)
-    latents = _encode(pipe, levels, captured[0][4])
+    first = captured[0]
+    kept, shared = _sorted_out([c.arguments for c in captured], name)
+    latents = _encode(pipe, levels, first.shape)
     rows = torch.tensor([different.index(value) for value in given])
     return LatentTask(
-        PromptedNetwork(network, sample_name, time_name, scale, shared),
+        PromptedNetwork(network, first.sample_name, first.time_name, first.time_scale, first.time_dtype, shared),
         pipe.scheduler,
         latents,
         kept,
@@ -178,10 +186,21 @@ def _given(
     return list(told)
 
 
+class _Call(NamedTuple):
+    """How a pipeline called its network."""
+
+    sample_name: str
+    time_name: str
+    time_scale: float
+    time_dtype: torch.dtype | None
+    arguments: dict[str, Any]  # besides the two
+    shape: tuple[int, ...]  # of the sample
+
+
 def _capture(
     pipe: Any, network: nn.Module, takes: Mapping[str, Any], told: str | int | None, size: tuple[int, int]
-) -> tuple[str, str, float, dict[str, Any], tuple[int, ...]]:
-    """The network's first call in the pipeline: names of sample and timestep, the timestep's scale, other arguments, the sample's shape."""
+) -> _Call:
+    """The network's first call in the pipeline that is told a prompt or class."""
     name, calls = type(pipe).__name__, []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -193,6 +212,7 @@ def _capture(
         "class_labels": [told],
         "height": size[0],
         "width": size[1],
+        "num_frames": 1,
         "num_inference_steps": 4,
         "guidance_scale": 1.0,
         "true_cfg_scale": 1.0,
@@ -213,8 +233,10 @@ def _capture(
         pass
     except Exception as error:
         if not calls:
+            wanted = [n for n in ("image", "video", "control_image", "mask_image") if n in takes]
+            more = f" It takes {' and '.join(wanted)} besides, which is not supported." if wanted else ""
             raise ValueError(
-                f"a {name} could not be run for {told!r} at {size[0]}x{size[1]}, which its likelihood needs: {str(error).splitlines()[0]}"
+                f"a {name} could not be run for {told!r} at {size[0]}x{size[1]}, which its likelihood needs ({_short(error)}).{more}"
             ) from error
     finally:
         handle.remove()
@@ -228,17 +250,17 @@ def _capture(
     time_name = next((n for n in _TIMES if n in arguments), None)
     if sample_name is None or time_name is None or not isinstance(arguments[sample_name], Tensor):
         raise ValueError(f"the network of a {name} takes no noisy sample and timestep that are known here.")
-    sample, time = arguments.pop(sample_name), float(torch.as_tensor(arguments.pop(time_name)).flatten()[0])
+    sample, time = arguments.pop(sample_name), torch.as_tensor(arguments.pop(time_name))
     if len(sample) != 1:
         raise ValueError(f"a {name} evaluates its network {len(sample)} times a sample also without guidance.")
-    scale = _time_scale(name, time, float(timesteps[0]))
-    return (
-        sample_name,
-        time_name,
-        scale,
-        {k: v for k, v in arguments.items() if k not in _NOT_KEPT},
-        tuple(sample.shape),
-    )
+    scale = _time_scale(name, float(time.flatten()[0]), float(timesteps[0]))
+    others = {key: value for key, value in arguments.items() if key not in _NOT_KEPT}
+    dtype = time.dtype if time.is_floating_point() else None
+    return _Call(sample_name, time_name, scale, dtype, others, tuple(sample.shape))
+
+
+def _short(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 def _time_scale(name: str, seen: float, of_scheduler: float) -> float:
@@ -299,7 +321,12 @@ def _encode(pipe: Any, levels: Tensor, shape: tuple[int, ...]) -> Tensor:
     parts = []
     for part in levels.split(_ENCODED):
         x = (part.float() / 127.5 - 1).to(parameter.device, parameter.dtype)
-        encoded = vae.encode(x)
+        try:
+            encoded = vae.encode(x if len(shape) < 5 else x[:, :, None])
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"the `vae` of a {name} does not encode the images: {str(error).splitlines()[0]}"
+            ) from error
         if hasattr(encoded, "latent_dist"):
             z = encoded.latent_dist.mode()
         elif hasattr(encoded, "latent"):
