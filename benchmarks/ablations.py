@@ -1,13 +1,15 @@
-"""What each part of VDM's training is worth: one table from one command, the same network, budget and seeds for every row.
+"""What each part of VDM's training is worth: one table from one command, the same network, budget and seeds for every
+row.
 
     python benchmarks/ablations.py                  # the digits that come with scikit-learn
     python benchmarks/ablations.py --data mnist     # MNIST
 
-The network and its budget stand in ablations_digits.yaml and ablations_mnist.yaml. Each row changes one thing of the first (ELBO,
-Fourier features, fixed schedule, stratified times). What stands after `--` goes to every train.py. The figure is the bits/dim of
-the test split (or its first --eval_max_images) with the averaged weights, its error that of the mean over the seeds; the difference to the first
-row is taken seed by seed, since equal seeds share data order, times and noise. Finished runs are read again, not repeated.
-`samples.png` shows the rows' samples, from the same noise, below each other.
+The network and its budget stand in ablations_digits.yaml and ablations_mnist.yaml. Each row changes one thing of the
+first (ELBO, Fourier features, fixed schedule, stratified times). What stands after `--` goes to every train.py. The
+figure is the bits/dim of the test split (or its first --eval_max_images) with the averaged weights, its error that of
+the mean over the seeds; the difference to the first row is taken seed by seed, since equal seeds share data order,
+times and noise. Finished runs are read again, not repeated. `samples.png` shows the rows' samples, from the same
+noise, below each other.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from plots import image_grid
 
 from vdm_diffusers import VDMPipeline
 
-# Name -> arguments of train.py. The network without Fourier features comes from a config, which is written beside the runs.
+# Name -> arguments of train.py. The network without Fourier features comes from a config, which is written beside the
+# runs.
 ROWS: dict[str, list[str]] = {
     "all parts": [],
     "no Fourier features": ["--model_config_name_or_path", "no_fourier.json"],

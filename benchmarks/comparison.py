@@ -1,18 +1,21 @@
 """What the difference of two models costs, and what a class costs: evaluations for an error, by estimator.
 
-`pairs`: for two checkpoints, evaluations of both networks for a standard error of 0.001 bits/dim of their difference on these images:
+`pairs`: for two checkpoints, evaluations of both networks for a standard error of 0.001 bits/dim of their difference
+on these images:
 
 - independent pairs: each model's loss at times and noise of its own, uniform in log SNR (what two logged losses are);
 - a script with a fixed seed: the same times and noise for both, uniform in log SNR;
 - two reports of `evaluate_likelihood`;
 - `compare_likelihood`.
 
-Each estimator is run once; evaluations = (its standard error / 0.001)^2 x those it took, from the scatter of independent replicates.
+Each estimator is run once; evaluations = (its standard error / 0.001)^2 x those it took, from the scatter of
+independent replicates.
 
-`classes`: accuracy on the digits' test split against evaluations for each class: independent noise, shared noise at uniform times (Li et al. 2023),
-`classify` without what it learns, and `classify`.
+`classes`: accuracy on the digits' test split against evaluations for each class: independent noise, shared noise at
+uniform times (Li et al. 2023), `classify` without what it learns, and `classify`.
 
-    python benchmarks/comparison.py [--only pairs,classes] [--a FOLDER --b FOLDER] [--num_images 100] [--repeats 3] [--output comparison.json]
+    python benchmarks/comparison.py [--only pairs,classes] [--a FOLDER --b FOLDER] [--num_images 100] [--repeats 3]
+    [--output comparison.json]
 """
 
 from __future__ import annotations

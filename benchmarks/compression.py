@@ -1,10 +1,11 @@
 """How large is a file, and is it the bound? A table, and a picture of where the bits are spent.
 
-    python benchmarks/compression.py --files 6                                    # the digits: the table of docs/compression.md
-    python benchmarks/compression.py --model model_cards/mnist-elbo --dataset ylecun/mnist --num_images 500 --chains optimal:64:optimal
+    python benchmarks/compression.py --files 6                                    # the digits: the table of
+    docs/compression.md python benchmarks/compression.py --model model_cards/mnist-elbo --dataset ylecun/mnist
+    --num_images 500 --chains optimal:64:optimal
 
-A chain is variance:steps:grid. The optimal variance is measured on training images, the sizes on test images. JPEG XL needs
-`pip install imagecodecs`.
+A chain is variance:steps:grid. The optimal variance is measured on training images, the sizes on test images. JPEG XL
+needs `pip install imagecodecs`.
 """
 
 from __future__ import annotations
@@ -91,7 +92,8 @@ def main() -> None:
         )
     print(f"{len(test)} images of {args.dataset}, {args.model}, {torch.get_num_threads()} threads")
     print(
-        "| reverse variance | steps | grid | bits/dim | bound | difference | whole file | bits to begin with | seconds | back |"
+        "| reverse variance | steps | grid | bits/dim | bound | difference | whole file | bits to begin with | "
+        "seconds | back |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     by_step = {}

@@ -1,9 +1,9 @@
 """What Langevin's corrector is worth on a trained, score-predicting network, at equal numbers of network evaluations.
 
-The network is the published digits model that predicts the score. `ancestral` spends every evaluation on a step of the scheduler;
-`corrected` takes half as many steps, each followed by one Langevin step at the level it arrived at. Samples are compared with digits
-that the network never saw by the sliced Wasserstein distance in pixel space (pixels in [0, 1]), and by how sure a classifier of the real
-digits is of them. `real` is as many of the training images: the floor.
+The network is the published digits model that predicts the score. `ancestral` spends every evaluation on a step of the
+scheduler; `corrected` takes half as many steps, each followed by one Langevin step at the level it arrived at. Samples
+are compared with digits that the network never saw by the sliced Wasserstein distance in pixel space (pixels in [0,
+1]), and by how sure a classifier of the real digits is of them. `real` is as many of the training images: the floor.
 
     python benchmarks/corrector.py
 """

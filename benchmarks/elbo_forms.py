@@ -1,11 +1,11 @@
 """The two forms of the diffusion ELBO: the same value, and the variance of each by the number of steps T.
 
-    first form    consistency terms    ln q(z_l | z_{l-1}) - ln p(z_l | z_{l+1})            over (z_{l-1}, z_l, z_{l+1})
-    second form   denoising matching   KL(q(z_l | z_{l+1}, x) || p(z_l | z_{l+1}))          over z_{l+1}
+    first form    consistency terms    ln q(z_l | z_{l-1}) - ln p(z_l | z_{l+1})            over (z_{l-1}, z_l,
+    z_{l+1}) second form   denoising matching   KL(q(z_l | z_{l+1}, x) || p(z_l | z_{l+1}))          over z_{l+1}
 
-on the 8x8 digits that come with scikit-learn, with the exact denoiser of the 1200 training images (data that are N images with
-equal probability) or with a saved network. Two estimators: one drawn term, times their number (what training uses), and the sum over a
-whole trajectory.
+on the 8x8 digits that come with scikit-learn, with the exact denoiser of the 1200 training images (data that are N
+images with equal probability) or with a saved network. Two estimators: one drawn term, times their number (what
+training uses), and the sum over a whole trajectory.
 
     python benchmarks/elbo_forms.py                                    # the exact denoiser
     python benchmarks/elbo_forms.py --checkpoint outputs/digits        # a trained network (VDMPipeline)
@@ -119,7 +119,8 @@ def table(rows: list[dict]) -> str:
         values = " | ".join(f"{form['bits_per_dim']:.4f} +- {form['standard_error']:.4f}" for form in (a, b))
         one, two = a["variance_one_term"], b["variance_one_term"]
         lines.append(
-            f"| {row['num_steps']} | {values} | {row['difference_in_errors']:+.1f} | {one:.3g} | {two:.3g} | {one / two:.3g} | "
+            f"| {row['num_steps']} | {values} | {row['difference_in_errors']:+.1f} | {one:.3g} | {two:.3g} | "
+            f"{one / two:.3g} | "
             f"{a['variance_trajectory']:.3g} | {b['variance_trajectory']:.3g} |"
         )
     return "\n".join(lines)

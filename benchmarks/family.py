@@ -1,11 +1,14 @@
-"""The whole family on one data set, with the same budget: VAE, hierarchical VAE (2, 4 layers), VDM, VAE with a VDM prior.
+"""The whole family on one data set, with the same budget: VAE, hierarchical VAE (2, 4 layers), VDM, VAE with a VDM
+prior.
 
-Every model is trained by its own bound for the same time on one core, by its recipe's optimiser, batch and averaging of weights.
-Time is the processor's (on an accelerator the clock's), so that other work on the machine counts little. At every tenth of the budget the averaged weights are
-looked at on images held out of training, and the best are kept: no model loses by a budget that is too long for it. The result is
-bits/dim on the test split. `--models` also knows VDMs whose networks predict the data, the noise, or the score, all with ELBO weighting.
+Every model is trained by its own bound for the same time on one core, by its recipe's optimiser, batch and averaging
+of weights. Time is the processor's (on an accelerator the clock's), so that other work on the machine counts little.
+At every tenth of the budget the averaged weights are looked at on images held out of training, and the best are kept:
+no model loses by a budget that is too long for it. The result is bits/dim on the test split. `--models` also knows
+VDMs whose networks predict the data, the noise, or the score, all with ELBO weighting.
 
-Finished models stand in family.json in --output and are not trained again; a run that was cut off goes on with the next one.
+Finished models stand in family.json in --output and are not trained again; a run that was cut off goes on with the
+next one.
 
     python benchmarks/family.py                                                # the digits that come with scikit-learn
     python benchmarks/family.py --dataset_name ylecun/mnist --budget 600       # MNIST, 8 bits
@@ -63,7 +66,9 @@ Loss = Callable[[Tensor, int], Tensor]  # integer images and the step -> (B,) bi
 
 
 def arguments(name: str, dataset_name: str | None, small: bool) -> Arguments:
-    """What `train.py` would be given: the recipe of the digits, or for larger images MNIST's, with what the model needs."""
+    """What `train.py` would be given: the recipe of the digits, or for larger images MNIST's, with what the model
+    needs.
+    """
     tokens = ["--config", str(DIGITS_RECIPE if small else RECIPES / "mnist.yaml")]
     if dataset_name is not None:
         tokens += ["--dataset_name", dataset_name, "--image_mode", "L"]
@@ -102,7 +107,8 @@ def train(
     *,
     scale: float = 1.0,
 ) -> int:
-    """Minimise the loss for `budget` seconds; leaves the averaged weights that are best on held-out images. Returns the steps.
+    """Minimise the loss for `budget` seconds; leaves the averaged weights that are best on held-out images. Returns
+    the steps.
 
     Arguments:
         scale: of the recipe's learning rate.
@@ -254,7 +260,8 @@ def table(rows: list[dict]) -> str:
         terms = " | ".join(f"{term:.3f}" for term in row["terms"])
         tighter = "" if row["importance_weighted_16"] is None else f"{row['importance_weighted_16']:.3f}"
         lines.append(
-            f"| {NAMES[row['name']]} | {row['parameters']:,} | {row['steps']} | {row['bits_per_dim']:.3f} +- {error:.3f} | {terms} | {tighter} |"
+            f"| {NAMES[row['name']]} | {row['parameters']:,} | {row['steps']} | {row['bits_per_dim']:.3f} +- "
+            f"{error:.3f} | {terms} | {tighter} |"
         )
     return "\n".join(lines)
 

@@ -1,8 +1,9 @@
 """Likelihoods of vectors: a diffusion model beside the density estimators of scikit-learn, on two of its tables.
 
-Breast cancer (569 rows of 30 numbers) and wine (178 rows of 13), standardised. Each model is fitted to 70% of one class (benign; the
-second cultivar), and says -ln p of the others of this class (nats for each number; less is better) and how well that tells them from the
-other classes (area under the ROC curve). Averages over the seeds, each with a split of its own.
+Breast cancer (569 rows of 30 numbers) and wine (178 rows of 13), standardised. Each model is fitted to 70% of one
+class (benign; the second cultivar), and says -ln p of the others of this class (nats for each number; less is better)
+and how well that tells them from the other classes (area under the ROC curve). Averages over the seeds, each with a
+split of its own.
 
     python benchmarks/features.py [--steps 3000] [--seeds 3] [--output features.json]
 """

@@ -1,15 +1,16 @@
 """What an error bar costs: model evaluations for a standard error of 0.01 bits/dim on one data point, by estimator.
 
-On a network (a checkpoint, or a small one trained here on the 8x8 digits) and on the exact denoisers of two mixtures of Gaussians, in 64 and
-3072 dimensions, whose density is known, so that the last column is a bias. All figures come from evaluate_likelihood's own
-standard errors, which come from independent shifts: evaluations = (standard error / 0.01)^2 x all evaluations x images. They count
-everything, also the first part that shows where further evaluations are worth most.
+On a network (a checkpoint, or a small one trained here on the 8x8 digits) and on the exact denoisers of two mixtures
+of Gaussians, in 64 and 3072 dimensions, whose density is known, so that the last column is a bias. All figures come
+from evaluate_likelihood's own standard errors, which come from independent shifts: evaluations = (standard error /
+0.01)^2 x all evaluations x images. They count everything, also the first part that shows where further evaluations are
+worth most.
 
-Then the usual sum over a DDPM chain (`ddpm_sum`), on the same mixtures seen as 8-bit images, and one table for all estimators with a
-truth in it: continuous mixtures, and data that are N known images, whose -ln p is ln N.
+Then the usual sum over a DDPM chain (`ddpm_sum`), on the same mixtures seen as 8-bit images, and one table for all
+estimators with a truth in it: continuous mixtures, and data that are N known images, whose -ln p is ln N.
 
-    python benchmarks/likelihood.py [--checkpoint FOLDER] [--train_steps 600] [--num_images 48] [--seeds 1] [--output likelihood.json]
-                                    [--only network,mixtures,chain,order] [--estimators continuous]
+    python benchmarks/likelihood.py [--checkpoint FOLDER] [--train_steps 600] [--num_images 48] [--seeds 1] [--output
+                                    likelihood.json] [--only network,mixtures,chain,order] [--estimators continuous]
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ PLAIN, DEFAULT = "continuous, low-discrepancy (VDM)", "continuous, default"
 
 
 def digits(count: int) -> tuple[Tensor, Tensor]:
-    """Training images and `count` others, integers 0..16 of 8x8: the split of training/train.py, so that a checkpoint knows no other."""
+    """Training images and `count` others, integers 0..16 of 8x8: the split of training/train.py, so that a checkpoint
+    knows no other.
+    """
     from sklearn.datasets import load_digits
 
     images = torch.from_numpy(load_digits().images).to(torch.uint8)[:, None]
@@ -95,10 +98,12 @@ def ddpm_sum(
 ) -> Tensor:
     """The bound as the scripts of DDPM's time add it up: (N,) nats.
 
-    From x_T to x_1 every step draws one x_t, clips the predicted image to [-1, 1], and adds the KL of the two Gaussians with the posterior
-    variance; at x_1 the discretised Gaussian has that of the second step. One noise for each image and step, no error bar.
+    From x_T to x_1 every step draws one x_t, clips the predicted image to [-1, 1], and adds the KL of the two
+    Gaussians with the posterior variance; at x_1 the discretised Gaussian has that of the second step. One noise for
+    each image and step, no error bar.
 
-    Source: the procedure of Ho et al. 2020, equation 5, and of Nichol & Dhariwal 2021, section 4 (evaluation of L_vlb).
+    Source: the procedure of Ho et al. 2020, equation 5, and of Nichol & Dhariwal 2021, section 4 (evaluation of
+    L_vlb).
     """
     x = encode_pixels(levels, 256, "endpoint")
     log_snrs = scheduler.log_snr(torch.arange(scheduler.config.num_train_timesteps))
@@ -122,7 +127,9 @@ def ddpm_sum(
 
 
 def chain_rows(shape: tuple[int, int, int], num_images: int) -> list[dict[str, Any]]:
-    """The sum over DDPM's own chain and ours of the same chain and in continuous time, on a mixture seen as 8-bit images."""
+    """The sum over DDPM's own chain and ours of the same chain and in continuous time, on a mixture seen as 8-bit
+    images.
+    """
     data = SpectralMixture.make(shape, deviation=0.2)  # five deviations to the end of the range: nothing is cut off
     levels = decode_pixels(data.sample(num_images, torch.Generator().manual_seed(1)), 256, "endpoint")
     x = encode_pixels(levels, 256, "endpoint", torch.float64)
@@ -152,7 +159,8 @@ def chain_rows(shape: tuple[int, int, int], num_images: int) -> list[dict[str, A
             **kwargs,
         )
         rows.append(row(name, report.bits_per_dim, report.standard_error, report.num_model_evaluations, truth))
-    # the denoiser knows a density, not the levels: half a bit and more is lost to the decoder, unless the density itself is evaluated
+    # the denoiser knows a density, not the levels: half a bit and more is lost to the decoder, unless the density
+    # itself is evaluated
     report = evaluate_likelihood(
         Exact(data, continuous),
         x.float(),
@@ -208,7 +216,8 @@ def order(
     samples: int,
     steps: int = 50,
 ) -> list[dict[str, Any]]:
-    """All estimators of one model, least first: the truth, the ODE, continuous time, the K-sample bounds of a chain, its ELBO.
+    """All estimators of one model, least first: the truth, the ODE, continuous time, the K-sample bounds of a chain,
+    its ELBO.
 
     Arguments:
         truth: bits/dim. samples: evaluations of an image, for the cheaper ones.
@@ -250,7 +259,10 @@ def order_of_mixture(shape: tuple[int, int, int], num_images: int, samples: int 
 
 
 def order_of_known_images(num_images: int, samples: int = 64) -> list[dict[str, Any]]:
-    """`order` on digits, which are all that the model knows: -log2 p = log2 N for each. The ODE's flow is another model."""
+    """`order` on digits, which are all that the model knows: -log2 p = log2 N for each.
+
+    The ODE's flow is another model.
+    """
     scheduler = VDMScheduler(beta_schedule="log_snr_linear")
     _, levels = digits(num_images)
     levels = levels * 15  # of 256
@@ -267,7 +279,9 @@ def measure(
     wanted: str = "",
     seeds: int = 1,
 ) -> list[dict[str, Any]]:
-    """A row for every estimator whose name contains `wanted`: means over seeds, of the squared standard errors too (those of one seed)."""
+    """A row for every estimator whose name contains `wanted`: means over seeds, of the squared standard errors too
+    (those of one seed).
+    """
     rows = []
     for name, kwargs in estimators(num_dims).items():
         if wanted not in name:
@@ -295,7 +309,8 @@ def measure(
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     print(
-        f"\n{title}\n\n| estimator | bits/dim | evaluations for ±{TARGET} on one image | bits/dim above the truth |\n|---|---|---|---|"
+        f"\n{title}\n\n| estimator | bits/dim | evaluations for ±{TARGET} on one image | bits/dim above the truth "
+        "|\n|---|---|---|---|"
     )
     for r in rows:
         excess = "" if r["excess"] is None else f"{r['excess']:+.4f}"

@@ -1,8 +1,8 @@
 """Mixtures of Gaussians that look like images to a diffusion model, with their exact denoiser and density.
 
-Components share a covariance that is diagonal in the cosine transform, with a spectrum that falls with frequency; their means have
-such a spectrum too. So some directions are resolved early and some late, as in images, and the best linear denoiser is
-not the best denoiser.
+Components share a covariance that is diagonal in the cosine transform, with a spectrum that falls with frequency;
+their means have such a spectrum too. So some directions are resolved early and some late, as in images, and the best
+linear denoiser is not the best denoiser.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class SpectralMixture:
         return self.inverse(self.means[k] + self.variance.sqrt() * noise)
 
     def log_components(self, z: Tensor, log_snr: Tensor) -> Tensor:
-        """ln [N(z; alpha mean_k, alpha^2 variance + sigma^2) / K] in transformed coordinates, (N, K); log_snr: (N,)."""
+        """ln [N(z; alpha mean_k, alpha^2 variance + sigma^2) / K] in transformed coordinates, (N, K); log_snr:
+        (N,).
+        """
         alpha, sigma = self._alpha_sigma(log_snr)
         total = (alpha**2 * self.variance + sigma**2).flatten(1)
         z = z.flatten(1)
@@ -81,7 +83,9 @@ class SpectralMixture:
         return self.inverse(mean + gain * (z - alpha * mean))
 
     def posterior_variance(self, z: Tensor, log_snr: Tensor) -> Tensor:
-        """Var[x | z_t] of every transformed coordinate, (N, C, H, W): its mean over z_t is E|x - x_hat|^2, with far less noise."""
+        """Var[x | z_t] of every transformed coordinate, (N, C, H, W): its mean over z_t is E|x - x_hat|^2, with far
+        less noise.
+        """
         alpha, sigma = self._alpha_sigma(log_snr)
         weights = self.log_components(self.transform(z), log_snr).softmax(1)
         mean, square = (torch.einsum("nk,kchw->nchw", weights, power) for power in (self.means, self.means**2))

@@ -1,15 +1,16 @@
 """How good are the samplers? An exact denoiser takes the network out of the question.
 
-The data are a mixture of Gaussians on 8x8 images with a 1/f^2 spectrum, whose denoiser E[x | z] is known in closed form at every
-log SNR. What a sampler returns is compared with fresh data by the sliced Wasserstein distance after whitening (every
-direction of the data counts alike, the faint fine detail too). The floor is the distance of two sets of fresh data.
+The data are a mixture of Gaussians on 8x8 images with a 1/f^2 spectrum, whose denoiser E[x | z] is known in closed
+form at every log SNR. What a sampler returns is compared with fresh data by the sliced Wasserstein distance after
+whitening (every direction of the data counts alike, the faint fine detail too). The floor is the distance of two sets
+of fresh data.
 
     python benchmarks/sampler_quality.py                    # the table of docs/scheduler.md
     python benchmarks/sampler_quality.py --steps 10 --repeats 3 --only 2M
     python benchmarks/sampler_quality.py --optimal --samples 16384 --repeats 4   # the table of the optimal variance
 
-The optimal variance is measured beforehand on draws of their own, once for each radial band of the cosine transform of the images,
-which is the basis that the mixture is diagonal in; their mean is the scalar one.
+The optimal variance is measured beforehand on draws of their own, once for each radial band of the cosine transform of
+the images, which is the basis that the mixture is diagonal in; their mean is the scalar one.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ def sample(
 
 
 def samplers() -> dict[str, tuple[Callable, VDMScheduler, float | None]]:
-    """Name -> (a new scheduler, the schedule that its model was trained on, the log SNR of the last evaluation if chosen)."""
+    """Name -> (a new scheduler, the schedule that its model was trained on, the log SNR of the last evaluation if
+    chosen).
+    """
     log_snr = {"beta_schedule": "log_snr_linear", "final_step": "mean"}
     vdm = VDMScheduler(**log_snr)
     linear = VDMScheduler(beta_schedule="linear", clip_sample=False)

@@ -3,11 +3,11 @@
     python benchmarks/scaling.py                              # measures on the GPU, or on the CPU in a few minutes
     python benchmarks/scaling.py --write docs/scaling.md      # and writes its tables into the page
 
-Counted on tensors without content, so exactly and at any size: weights; floating-point operations of matrix products and convolutions,
-forward and backward (torch.utils.flop_counter); bytes of the tensors that autograd keeps for the backward pass, each storage once.
-Measured: the time of a step, forward, backward and fused AdamW, and the rate of a large matrix product on the same device;
-on a GPU also the most memory that was allocated. The extrapolation is arithmetic on these with the assumptions in
-`Machine`; it is no measurement.
+Counted on tensors without content, so exactly and at any size: weights; floating-point operations of matrix products
+and convolutions, forward and backward (torch.utils.flop_counter); bytes of the tensors that autograd keeps for the
+backward pass, each storage once. Measured: the time of a step, forward, backward and fused AdamW, and the rate of a
+large matrix product on the same device; on a GPU also the most memory that was allocated. The extrapolation is
+arithmetic on these with the assumptions in `Machine`; it is no measurement.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ STATE_BYTES = 20  # of a weight in float32: itself, its gradient, AdamW's two mo
 
 @dataclass(frozen=True)
 class Machine:
-    """What is assumed of the GPUs: the data sheet of an H100 SXM with NVLink, and 400 Gbit/s for each GPU between machines.
+    """What is assumed of the GPUs: the data sheet of an H100 SXM with NVLink, and 400 Gbit/s for each GPU between
+    machines.
 
     Attributes:
         peak: matrix products in bf16, without sparsity, FLOP/s.
@@ -124,9 +125,9 @@ def _cost(network: nn.Module, size: int, channels: int, gradient_checkpointing: 
 def extrapolate(cost: Cost, machine: Machine, *, num_gpus: int, images_per_gpu: int, divided: bool) -> Estimate:
     """Time and memory of a step in bf16 autocast: arithmetic, with what `machine` assumes.
 
-    A ring sends 2 (N - 1) / N of the gradients (DDP), or 3 (N - 1) / N of as many bytes (FSDP2: weights gathered twice, gradients
-    scattered once), at the slowest link's rate. Saved activations are taken as half of float32's; the largest unit gathered at
-    once, and what the allocator loses, are left out.
+    A ring sends 2 (N - 1) / N of the gradients (DDP), or 3 (N - 1) / N of as many bytes (FSDP2: weights gathered
+    twice, gradients scattered once), at the slowest link's rate. Saved activations are taken as half of float32's; the
+    largest unit gathered at once, and what the allocator loses, are left out.
     """
     rate = machine.link if num_gpus <= machine.gpus else machine.network
     sent = (3 if divided else 2) * (num_gpus - 1) / num_gpus * 4 * cost.weights
@@ -213,7 +214,8 @@ def measured_tables(device: torch.device, bf16: bool) -> str:
     ]
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} thread(s)"
     parts = [
-        f"{name}, torch {torch.__version__}, {'bf16 autocast' if bf16 else 'float32'}, {batch} images a step; a large matrix product runs at "
+        f"{name}, torch {torch.__version__}, {'bf16 autocast' if bf16 else 'float32'}, {batch} images a step; a large "
+        "matrix product runs at "
         f"{peak / 1e9:.0f} GFLOP/s. VDM's network, its attention in the middle over all pixels."
     ]
     for title, shapes in (("More pixels", sizes), ("More weights", widths)):
@@ -272,9 +274,12 @@ def extrapolated_table(machine: Machine) -> str:
                     )
     header = ["job", "weights", "GPUs", "how", "GFLOP an image", "ms a step: computing + exchanging", "images/s", "days", "GB of a GPU: states + activations"]  # fmt: skip
     return (
-        f"Assumed: {machine.peak / 1e12:.0f} TFLOP/s (H100, bf16), of which a step reaches {machine.share:.0%}; {machine.link / 1e9:.0f} GB/s within "
-        f"a machine of {machine.gpus}, {machine.network / 1e9:.0f} GB/s for each GPU between machines; nothing exchanged while computing; the recipe's global batch (128) "
-        f"and {recipe['max_train_steps'] / 1e6:.0f} million steps for ImageNet-64, 256 images and 400 000 steps for the latents; float32 states, activations in half the "
+        f"Assumed: {machine.peak / 1e12:.0f} TFLOP/s (H100, bf16), of which a step reaches {machine.share:.0%}; "
+        f"{machine.link / 1e9:.0f} GB/s within "
+        f"a machine of {machine.gpus}, {machine.network / 1e9:.0f} GB/s for each GPU between machines; nothing "
+        "exchanged while computing; the recipe's global batch (128) "
+        f"and {recipe['max_train_steps'] / 1e6:.0f} million steps for ImageNet-64, 256 images and 400 000 steps for "
+        "the latents; float32 states, activations in half the "
         f"bytes of float32.\n\n{table(header, rows)}"
     )
 

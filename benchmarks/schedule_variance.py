@@ -1,8 +1,10 @@
-"""The variance of the bits/dim estimate by noise schedule, on one trained network; the learned schedule is trained here.
+"""The variance of the bits/dim estimate by noise schedule, on one trained network; the learned schedule is trained
+here.
 
-The network stays as it is. A `LearnedNoiseSchedule` is trained on it by its own gradient (VDM, appendix I.2), and compared
-with the schedules of VDM's ablation between the same end points, and with the optimum computed from a measured profile of the
-loss. In continuous time all of them have the same expected bits/dim; what differs is the scatter of
+The network stays as it is. A `LearnedNoiseSchedule` is trained on it by its own gradient (VDM, appendix I.2), and
+compared with the schedules of VDM's ablation between the same end points, and with the optimum computed from a
+measured profile of the loss. In continuous time all of them have the same expected bits/dim; what differs is the
+scatter of
 
     one sample      one (image, t, noise), t independent: bits/dim of a single evaluation of the network
     stratified      the mean of a batch with stratified t, times the batch size

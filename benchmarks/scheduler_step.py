@@ -1,9 +1,9 @@
 """What does a step cost? VDMScheduler and VDMFlowScheduler against four of Diffusers' schedulers, on the CPU.
 
-The schedulers take turns, block by block, so that other work on the machine meets all of them alike; times are medians of
-blocks of 49 steps, ratios are medians of the ratios within a round. Kernels are the operations that touch a tensor of the sample's
-size, what a GPU would launch (tables on the CPU, as they are at first). Synchronisations are the values that a step reads from the
-timestep's tensor: each waits for a GPU if the timestep lies there.
+The schedulers take turns, block by block, so that other work on the machine meets all of them alike; times are medians
+of blocks of 49 steps, ratios are medians of the ratios within a round. Kernels are the operations that touch a tensor
+of the sample's size, what a GPU would launch (tables on the CPU, as they are at first). Synchronisations are the
+values that a step reads from the timestep's tensor: each waits for a GPU if the timestep lies there.
 
     python benchmarks/scheduler_step.py               # the tables of docs/scheduler.md
 """
@@ -104,7 +104,8 @@ def count(name: str) -> tuple[int, int | str]:
             scheduler.step(output, t, sample)
     if make not in (VDMScheduler, VDMFlowScheduler):
         return counter.kernels, counter.reads
-    # On the CPU ours looks its timestep up; on a device it does not. The meta device proves it: its values cannot be read.
+    # On the CPU ours looks its timestep up; on a device it does not. The meta device proves it: its values cannot be
+    # read.
     scheduler.set_timesteps(50, device="meta")
     output, sample = output.to("meta"), sample.to("meta")
     for t in scheduler.timesteps:
@@ -113,7 +114,9 @@ def count(name: str) -> tuple[int, int | str]:
 
 
 def float32_error(make) -> float:
-    """Largest error of a float32 step of the training chain, against float64 from the same inputs; the data are in [-1, 1]."""
+    """Largest error of a float32 step of the training chain, against float64 from the same inputs; the data are in
+    [-1, 1].
+    """
     scheduler, exact = make(), VDMScheduler()
     generator = torch.Generator().manual_seed(0)
     worst = 0.0

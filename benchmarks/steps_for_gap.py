@@ -1,13 +1,15 @@
 """How many steps does a chain need for a bound within 0.01 bits/dim of its limit? By step grid and reverse variance.
 
-The network is exact: the denoiser of a mixture of Gaussians, in 64 and in 3072 dimensions. Its E|x - x_hat|^2 in each band of the cosine
-transform is measured on fresh images at 257 log SNRs; a chain's expected diffusion term then follows without further sampling,
+The network is exact: the denoiser of a mixture of Gaussians, in 64 and in 3072 dimensions. Its E|x - x_hat|^2 in each
+band of the cosine transform is measured on fresh images at 257 log SNRs; a chain's expected diffusion term then
+follows without further sampling,
 
-    sum over the steps and frequencies of 1/2 [r - 1 - ln r + (coefficient of x)^2 mse_t / variance],    r = posterior variance / variance
+    sum over the steps and frequencies of 1/2 [r - 1 - ln r + (coefficient of x)^2 mse_t / variance],    r = posterior
+    variance / variance
 
-with the variances that the library's table gives: 64 log SNRs measured on other images, as `estimate_optimal_variance` does, which the grids of
-the dynamic programming see too. The limit is the integral 1/2 SNR mse, and is compared with the mutual information. Prior
-and reconstruction are the same for all chains with the same two ends.
+with the variances that the library's table gives: 64 log SNRs measured on other images, as `estimate_optimal_variance`
+does, which the grids of the dynamic programming see too. The limit is the integral 1/2 SNR mse, and is compared with
+the mutual information. Prior and reconstruction are the same for all chains with the same two ends.
 
     python benchmarks/steps_for_gap.py [--num_samples 512] [--output steps_for_gap.json]
 """
@@ -67,7 +69,9 @@ def information(data: SpectralMixture, num_samples: int, seed: int) -> tuple[flo
 
 
 def chain_nats(grid: Tensor, truth: OptimalVariance, table: OptimalVariance | None) -> float:
-    """The expected diffusion term of a chain for one dimension, in nats: with the table's variances, or the posterior's."""
+    """The expected diffusion term of a chain for one dimension, in nats: with the table's variances, or the
+    posterior's.
+    """
     s, t = grid[:-1], grid[1:]
     if table is None:
         return float(truth.step_nats(s, t, "posterior").sum())
@@ -81,7 +85,9 @@ def chain_nats(grid: Tensor, truth: OptimalVariance, table: OptimalVariance | No
 
 
 def smallest(cost: Callable[[int], float], limit: float, most: int) -> int | None:
-    """The smallest number of steps whose cost is within `GAP` bits of the limit; None if not even `most` are enough."""
+    """The smallest number of steps whose cost is within `GAP` bits of the limit; None if not even `most` are
+    enough.
+    """
     enough = lambda steps: (cost(steps) - limit) / math.log(2) < GAP  # noqa: E731
     if not enough(most):
         return None

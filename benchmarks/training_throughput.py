@@ -3,15 +3,16 @@
     python benchmarks/training_throughput.py                  # 2 to 3 minutes on a CPU
     python benchmarks/training_throughput.py --width 64 --precision bf16 --compile --variants reference all train.py
 
-Both train the same `UNet2DModel` on the same images: PNG files in a `datasets` data set, batches of the same size, DDPM's
-1000 steps and |eps - eps_hat|^2, AdamW, a moving average of the weights, in the same precision. `reference` does a step in that script's
-order and with its means: a DataLoader that decodes each image with PIL and transforms it, DDPMScheduler.add_noise, AdamW, its
-learning-rate scheduler, `EMAModel`, `loss.item()`, a progress bar and a tracker at every step. Each other variant is the reference with
-one thing changed; `all` has every change; `train.py` is the trainer itself. Variants take turns, a few steps at a time; the figures are
-medians of the turns, and ratios to the reference's turn beside each, so that a busy machine slows all alike.
+Both train the same `UNet2DModel` on the same images: PNG files in a `datasets` data set, batches of the same size,
+DDPM's 1000 steps and |eps - eps_hat|^2, AdamW, a moving average of the weights, in the same precision. `reference`
+does a step in that script's order and with its means: a DataLoader that decodes each image with PIL and transforms it,
+DDPMScheduler.add_noise, AdamW, its learning-rate scheduler, `EMAModel`, `loss.item()`, a progress bar and a tracker at
+every step. Each other variant is the reference with one thing changed; `all` has every change; `train.py` is the
+trainer itself. Variants take turns, a few steps at a time; the figures are medians of the turns, and ratios to the
+reference's turn beside each, so that a busy machine slows all alike.
 
-`outside` is the step less the model's forward pass and the backward pass. On a CPU all times are processor time, which other work on
-the machine does not lengthen; with one thread that is what an idle machine would take.
+`outside` is the step less the model's forward pass and the backward pass. On a CPU all times are processor time, which
+other work on the machine does not lengthen; with one thread that is what an idle machine would take.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def network_config(width: int) -> dict[str, object]:
 
 
 def to_tensor(image: PIL.Image.Image) -> Tensor:
-    """RandomHorizontalFlip, ToTensor, Normalize([0.5], [0.5]) of torchvision, which is no dependency; its operations in its order."""
+    """RandomHorizontalFlip, ToTensor, Normalize([0.5], [0.5]) of torchvision, which is no dependency; its operations
+    in its order.
+    """
     image = image.convert("RGB")
     if torch.rand(1) < 0.5:
         image = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
@@ -317,8 +320,10 @@ def main() -> None:
 
         parameters = sum(p.numel() for p in UNet2DModel(**network_config(options.width)).parameters())
         print(
-            f"{parameters / 1e6:.2f}M weights, {options.batch_size} images of 3x{SIZE}x{SIZE}, precision {options.precision}, "
-            f"{accelerator.device}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, {options.rounds} turns of {options.steps} steps"
+            f"{parameters / 1e6:.2f}M weights, {options.batch_size} images of 3x{SIZE}x{SIZE}, precision "
+            f"{options.precision}, "
+            f"{accelerator.device}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, {options.rounds} "
+            f"turns of {options.steps} steps"
         )
         print(f"{'':24}{'ms/step':>9}{'ratio':>8}{'outside':>9}{'ratio':>8}")
         for name, times in turns.items():

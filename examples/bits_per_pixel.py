@@ -1,7 +1,8 @@
 """Where the bits are: a map of the diffusion loss and the reconstruction over the pixels of an image.
 
-The bound is a sum over pixels: 1/2 integral of |eps - eps_hat|^2 over log SNR is one for each of them. (How a pixel's share depends on its
-neighbours is the model's business: shares add up to the image's bits, they are not likelihoods of single pixels.)
+The bound is a sum over pixels: 1/2 integral of |eps - eps_hat|^2 over log SNR is one for each of them. (How a pixel's
+share depends on its neighbours is the model's business: shares add up to the image's bits, they are not likelihoods of
+single pixels.)
 
     python examples/bits_per_pixel.py [--checkpoint model_cards/digits-elbo] --output bits_per_pixel.png
 """
@@ -26,7 +27,9 @@ from vdm_diffusers.time_sampling import fold, low_discrepancy
 
 @torch.no_grad()
 def bits_per_pixel(pipeline: VDMPipeline, images: torch.Tensor, num_samples: int = 256) -> torch.Tensor:
-    """Bits of every pixel of integer images (N, C, H, W), without the prior's: the average over `num_samples` noise levels."""
+    """Bits of every pixel of integer images (N, C, H, W), without the prior's: the average over `num_samples` noise
+    levels.
+    """
     config, schedule = pipeline.config, pipeline.scheduler.noise_schedule
     x = encode_pixels(images, config.num_levels, config.pixel_encoding)
     width = schedule.log_snr_max - schedule.log_snr_min

@@ -4,8 +4,8 @@
     python examples/compress.py images/ out.vdm --model model_cards/mnist-elbo --steps 64
     python examples/compress.py out.vdm images_back/ --model model_cards/mnist-elbo --decompress
 
-The images are the PNG files of a folder, in the order of their names, all of one size. The model is one of this size: of the same channels
-and levels. JPEG XL needs `pip install imagecodecs`; where it is missing its column is left out.
+The images are the PNG files of a folder, in the order of their names, all of one size. The model is one of this size:
+of the same channels and levels. JPEG XL needs `pip install imagecodecs`; where it is missing its column is left out.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def sizes_elsewhere(images: torch.Tensor) -> dict[str, tuple[int, int]]:
 
 
 def load(name: str, table: str | None) -> VDMPipeline:
-    """The model, with the chain of ancestral sampling, and with `table` the optimal reverse variance that was measured."""
+    """The model, with the chain of ancestral sampling, and with `table` the optimal reverse variance that was
+    measured.
+    """
     pipe = VDMPipeline.from_pretrained(name)
     options: dict[str, object] = {"stochasticity": 1.0}
     if table is not None:

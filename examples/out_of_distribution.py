@@ -1,7 +1,9 @@
-"""Out-of-distribution scores: how well do bits/dim tell digits from images that are not, and how well does a correction?
+"""Out-of-distribution scores: how well do bits/dim tell digits from images that are not, and how well does a
+correction?
 
-A likelihood alone is a poor score, because simple images are likely under any model of images; its difference to a general compressor's
-length is a better one (Serrà et al. 2020, "Input complexity and out-of-distribution detection with likelihood-based generative models").
+A likelihood alone is a poor score, because simple images are likely under any model of images; its difference to a
+general compressor's length is a better one (Serrà et al. 2020, "Input complexity and out-of-distribution detection
+with likelihood-based generative models").
 
     python examples/out_of_distribution.py [--checkpoint model_cards/digits-elbo]
 """

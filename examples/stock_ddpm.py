@@ -1,4 +1,5 @@
-"""Bits/dim of a stock `DDPMPipeline`, trained on the 8x8 digits with Diffusers' own loop: its scheduler, its loss, no line of ours.
+"""Bits/dim of a stock `DDPMPipeline`, trained on the 8x8 digits with Diffusers' own loop: its scheduler, its loss, no
+line of ours.
 
 python examples/stock_ddpm.py [--steps 2000]
 """
@@ -17,7 +18,9 @@ from vdm_diffusers import evaluate_likelihood
 
 
 def train(images: torch.Tensor, steps: int, seed: int = 0) -> DDPMPipeline:
-    """The loop of Diffusers' tutorial: noise by `add_noise`, mean squared error of the noise, AdamW with a cosine schedule."""
+    """The loop of Diffusers' tutorial: noise by `add_noise`, mean squared error of the noise, AdamW with a cosine
+    schedule.
+    """
     torch.manual_seed(seed)
     model = UNet2DModel(
         sample_size=8,

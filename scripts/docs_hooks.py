@@ -1,4 +1,6 @@
-"""What mkdocs does besides its plugins: the API reference, a page for each public module, and links into the repository."""
+"""What mkdocs does besides its plugins: the API reference, a page for each public module, and links into the
+repository.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@
     python training/evaluate.py --checkpoint outputs/digits
     python scripts/make_model_card.py --run outputs/digits --card model_cards/digits-elbo --title digits-elbo
 
-Takes the pipeline, the sample grid and the loss by log SNR, and draws the course of the training; the card's figures are those of evaluation.json, with their provenance.
+Takes the pipeline, the sample grid and the loss by log SNR, and draws the course of the training; the card's figures
+are those of evaluation.json, with their provenance.
 """
 
 from __future__ import annotations
@@ -100,9 +101,12 @@ def describe(
         title=args.title,
         summary=summary,
         license=args.license,
-        training=f"{training['max_train_steps']} optimiser steps of {training['global_batch']} images, loss {arguments['loss']}, "
-        f"optimiser {arguments['optimizer']}, schedule {arguments['ddpm_beta_schedule']}, "
-        f"{training['num_parameters'] / 1e6:.2f}M weights, averaged.",
+        training=(
+            f"{training['max_train_steps']} optimiser steps of {training['global_batch']} images, loss "
+            f"{arguments['loss']}, "
+            f"optimiser {arguments['optimizer']}, schedule {arguments['ddpm_beta_schedule']}, "
+            f"{training['num_parameters'] / 1e6:.2f}M weights, averaged."
+        ),
         training_data=[],
         provenance=Provenance(**{name: own[name] for name in PROVENANCE}),
         duration=duration.group(1),

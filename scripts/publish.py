@@ -1,4 +1,6 @@
-"""Push every model of model_cards/ to the Hub, each to the repository NAMESPACE/<folder>: `make publish NAMESPACE=me`."""
+"""Push every model of model_cards/ to the Hub, each to the repository NAMESPACE/<folder>:
+`make publish NAMESPACE=me`.
+"""
 
 import argparse
 from pathlib import Path

@@ -55,14 +55,18 @@ MODELS = {
     "--hidden_channels 8 --layers_per_block 1 --attention_head_dim 8",
 }
 TRAINING = (
-    "--max_train_steps 50 --train_batch_size 8 --optimizer adamw --learning_rate 1e-3 --lr_warmup_steps 5 --logging_steps 1 "
-    "--eval_max_images 8 --eval_num_samples 4 --num_sample_images 4 --ddpm_num_inference_steps 5 --checkpointing_steps 1000 "
+    "--max_train_steps 50 --train_batch_size 8 --optimizer adamw --learning_rate 1e-3 --lr_warmup_steps 5 "
+    "--logging_steps 1 "
+    "--eval_max_images 8 --eval_num_samples 4 --num_sample_images 4 --ddpm_num_inference_steps 5 "
+    "--checkpointing_steps 1000 "
     "--logger none --mixed_precision no"
 )
 
 
 def sampling() -> dict[str, object]:
-    """Mean, mean square and hash of what 7 and 50 steps of every mode draw, with a network that is a known function."""
+    """Mean, mean square and hash of what 7 and 50 steps of every mode draw, with a network that is a known
+    function.
+    """
     import hashlib
 
     import torch

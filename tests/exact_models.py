@@ -1,7 +1,7 @@
 """Data distributions whose exact denoiser and exact -ln p are known, so that truth is computable.
 
-Everything here is written from the definitions, in float64, and uses nothing of the package: alpha and sigma are given by
-the caller's log SNR through `alpha_sigma` below, the denoiser is the mean of an explicit posterior.
+Everything here is written from the definitions, in float64, and uses nothing of the package: alpha and sigma are given
+by the caller's log SNR through `alpha_sigma` below, the denoiser is the mean of an explicit posterior.
 """
 
 from __future__ import annotations

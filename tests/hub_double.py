@@ -6,11 +6,11 @@
         done = hub.client(tmp_path / "home", "import huggingface_hub as h; h.snapshot_download('someone/model')")
         hub.commits("someone/model"), hub.files("someone/model"), hub.requests("GET .*/resolve/")
 
-It listens on three ports, as the Hub does on three hosts: `hub.url`, which wants tokens; a content server for large files
-(`hub.cdn`: signed addresses, and like S3 it refuses a request that also carries a token, so a leaked token fails loudly); and the
-server of Xet storage (`hub.cas`, with tokens of its own). Large files travel by LFS for clients with HF_HUB_DISABLE_XET=1, by Xet
-for the others: `hub.env(xet=True)`. huggingface_hub reads its environment when imported, so
-each client runs in an interpreter of its own, with a cache of its own (`hub.env`, `hub.client`). By hand:
+It listens on three ports, as the Hub does on three hosts: `hub.url`, which wants tokens; a content server for large
+files (`hub.cdn`: signed addresses, and like S3 it refuses a request that also carries a token, so a leaked token fails
+loudly); and the server of Xet storage (`hub.cas`, with tokens of its own). Large files travel by LFS for clients with
+HF_HUB_DISABLE_XET=1, by Xet for the others: `hub.env(xet=True)`. huggingface_hub reads its environment when imported,
+so each client runs in an interpreter of its own, with a cache of its own (`hub.env`, `hub.client`). By hand:
 
     python tests/hub_double.py --port 0
 """
@@ -237,7 +237,9 @@ def now() -> str:
 
 
 class HubDouble:
-    """The Hub, the users it knows (`token` writes, `read_token` reads, both of `user`), and a log of what it was asked."""
+    """The Hub, the users it knows (`token` writes, `read_token` reads, both of `user`), and a log of what it was
+    asked.
+    """
 
     def __init__(self, port: int = 0, user: str = "someone", part_size: int = 6 * 2**20, page_size: int = 1000):
         self.user, self.part_size, self.page_size = user, part_size, page_size
@@ -283,7 +285,9 @@ class HubDouble:
         revision: str = "main",
         private: bool = False,
     ) -> str:
-        """Commit `files` (a folder, or contents by path; None deletes) as no client would have to, unchecked; its id."""
+        """Commit `files` (a folder, or contents by path; None deletes) as no client would have to, unchecked; its
+        id.
+        """
         if isinstance(files, Path):
             files = {p.relative_to(files).as_posix(): p.read_bytes() for p in files.rglob("*") if p.is_file()}
         with self.lock:
@@ -899,7 +903,8 @@ def blob(hub: HubDouble, call: Call, url: SimpleNamespace) -> Reply:
     return ranged(call, file, {"ETag": f'"{file.sha256}"'})
 
 
-# Xet: tokens are the Hub's, xorbs and shards go to the Xet server, and the bytes of xorbs come from the content server.
+# Xet: tokens are the Hub's, xorbs and shards go to the Xet server, and the bytes of xorbs come from the content
+# server.
 
 
 @page("GET", REPO + "/xet-(?P<what>read|write)-token" + REV, "read")

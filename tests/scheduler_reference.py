@@ -1,4 +1,6 @@
-"""Diffusion coefficients in 40-digit arithmetic by the textbook formulas, written without a look at the code they judge."""
+"""Diffusion coefficients in 40-digit arithmetic by the textbook formulas, written without a look at the code they
+judge.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,10 @@ def log_snr(alpha_bar: mp.mpf) -> mp.mpf:
 
 
 def posterior(alpha_bar_t: mp.mpf, alpha_bar_s: mp.mpf) -> tuple[mp.mpf, mp.mpf, mp.mpf]:
-    """Coefficients of z_t and of x in the mean of q(z_s | z_t, x), and its variance (Ho et al. 2020, equations 6 and 7)."""
+    """Coefficients of z_t and of x in the mean of q(z_s | z_t, x), and its variance (Ho et al.
+
+    2020, equations 6 and 7).
+    """
     alpha = alpha_bar_t / alpha_bar_s
     beta = 1 - alpha
     z = mp.sqrt(alpha) * (1 - alpha_bar_s) / (1 - alpha_bar_t)

@@ -1,4 +1,6 @@
-"""Adaptive importance sampling of t: the density it arrives at, that nothing is biased, and that a state carries on exactly."""
+"""Adaptive importance sampling of t: the density it arrives at, that nothing is biased, and that a state carries on
+exactly.
+"""
 
 import math
 
@@ -122,8 +124,8 @@ def test_a_saved_state_goes_on_as_if_never_saved(tmp_path):
 
 
 def test_it_removes_the_variance_that_theory_says():
-    # Exact denoiser of N(0, v I): f = w D sigmoid(l + ln v) chi^2 / D. With E[f^2 | t] = m(t), the second moment falls from the
-    # mean of m to the square of the mean of sqrt(m), but for the width of the bins.
+    # Exact denoiser of N(0, v I): f = w D sigmoid(l + ln v) chi^2 / D. With E[f^2 | t] = m(t), the second moment falls
+    # from the mean of m to the square of the mean of sqrt(m), but for the width of the bins.
     variance, num_dims = 0.01, 16
     schedule = LinearLogSNRSchedule(9.0, -5.0)
     sampler = AdaptiveTimeSampler(schedule, num_bins=24, decay=0.98, uniform_share=0.01)

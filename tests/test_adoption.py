@@ -1,4 +1,6 @@
-"""Every scheduler class of Diffusers: its configuration and its objects are read right, or refused with the class that is right."""
+"""Every scheduler class of Diffusers: its configuration and its objects are read right, or refused with the class
+that is right.
+"""
 
 import inspect
 import math
@@ -80,7 +82,9 @@ def has_integer_timesteps(name):
 
 
 def check_table(ours, peer, *, guard):
-    """Our log SNRs against the float32 product of the peer; `guard`: 2^-24 where a class must not have a zero at the end."""
+    """Our log SNRs against the float32 product of the peer; `guard`: 2^-24 where a class must not have a zero at the
+    end.
+    """
     theirs, own = peer.alphas_cumprod.double(), torch.sigmoid(ours.log_snr(torch.arange(len(peer.alphas_cumprod))))
     assert ours.config.num_train_timesteps == len(theirs)
     steps = torch.arange(3, len(theirs) + 3)
@@ -271,7 +275,7 @@ def test_arguments_by_position_are_kept_where_another_class_takes_the_config():
     assert LCMScheduler.from_config(VDMScheduler().config).config.beta_schedule == "scaled_linear"  # none was set
 
 
-# --- what is assigned to a scheduler ------------------------------------------------------------------------------------
+# --- what is assigned to a scheduler ---------------------------------------------------------------------------------
 
 
 def zero_terminal(betas):

@@ -1,4 +1,6 @@
-"""Labels that a network does not know are refused before the first step; images without one are trained on, or refused."""
+"""Labels that a network does not know are refused before the first step; images without one are trained on, or
+refused.
+"""
 
 from dataclasses import replace
 

@@ -40,7 +40,7 @@ def digits():
     return torch.from_numpy(data.images).to(torch.uint8)[1500:, None], torch.from_numpy(data.target)[1500:].long()
 
 
-# --- the commands -----------------------------------------------------------------------------------------------------
+# --- the commands ----------------------------------------------------------------------------------------------------
 
 
 def test_evaluate_says_what_the_function_says(capsys, digits):
@@ -87,7 +87,7 @@ def test_the_module_runs_and_helps():
     assert subprocess.run([sys.executable, "-m", "vdm_diffusers"], capture_output=True).returncode == 2
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the table -------------------------------------------------------------------------------------------------------
 
 
 def test_score_finds_planted_faults(tmp_path, digits):
@@ -167,7 +167,7 @@ def test_parts_of_other_images_and_tables_of_others_are_left_alone(capsys, tmp_p
     assert code == 2 and "exists" in err and (tmp_path / "mine.parquet").read_bytes() == b"mine"
 
 
-# --- images -----------------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_with_classes(tmp_path):
@@ -213,7 +213,7 @@ def test_a_data_set(tmp_path):
         read_images(str(tmp_path / "data"), 256, 1, split="validation")
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

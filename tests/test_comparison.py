@@ -56,7 +56,7 @@ def compare(first, second, levels, schedulers=None, **kwargs):
     )
 
 
-# --- truth ------------------------------------------------------------------------------------------------------------
+# --- truth -----------------------------------------------------------------------------------------------------------
 
 
 def test_two_gaussians_differ_by_the_closed_form():
@@ -157,7 +157,7 @@ def test_a_table_with_ddpms_decoder_beside_a_log_snr_schedule():
     assert report.is_paired and abs(report.difference - apart) < 4 * error < 0.2
 
 
-# --- chains -----------------------------------------------------------------------------------------------------------
+# --- chains ----------------------------------------------------------------------------------------------------------
 
 
 def test_chains_of_the_same_steps_are_paired_whatever_their_variances():
@@ -208,7 +208,7 @@ def test_chains_of_other_steps_are_subtracted_and_that_is_said():
     assert report.difference < 0 and "not paired" in str(report)  # more steps, a tighter bound
 
 
-# --- networks -----------------------------------------------------------------------------------------------------------
+# --- networks --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +336,7 @@ def test_the_report_as_json(pipe):
     assert report.total_error == 0 and summary["settings"]["a"]["num_levels"] == 17
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def small(num_levels=256, **options) -> VDMPipeline:
     return VDMPipeline(network(**options), VDMScheduler(beta_schedule="log_snr_linear"), num_levels=num_levels)
 
 
-# --- the stack --------------------------------------------------------------------------------------------------------
+# --- the stack -------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_pushed_is_popped_and_the_beginning_comes_back():
@@ -103,7 +103,7 @@ def test_what_is_pushed_is_popped_and_the_beginning_comes_back():
         again.push_gaussian(np.array([1 << 40]), np.zeros(1), 1.0, 20)
 
 
-# --- round trips ------------------------------------------------------------------------------------------------------
+# --- round trips -----------------------------------------------------------------------------------------------------
 
 random_images = torch.randint(0, 256, (5, 1, 4, 4), generator=torch.Generator().manual_seed(0))
 TRIPS = {
@@ -206,14 +206,17 @@ def test_bits_to_begin_with_may_carry_a_message(pipe):
         compress(pipe, images, num_steps=10, initial=b"short", progress_bar=False)
 
 
-# --- the size is the bound --------------------------------------------------------------------------------------------
+# --- the size is the bound -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("steps", "grid"), [(10, "time"), (20, "optimal"), pytest.param(50, "time", marks=pytest.mark.slow)]
 )
 def test_the_size_is_the_bound(steps, grid, optimal):
-    """Of the same chain on the same images. A file draws one path, whose scatter is the tolerance; see docs/compression.md for more."""
+    """Of the same chain on the same images.
+
+    A file draws one path, whose scatter is the tolerance; see docs/compression.md for more.
+    """
     images = digits(150)
     data, report = compress_with_report(optimal, images, num_steps=steps, grid=grid, progress_bar=False)
     assert torch.equal(decompress(optimal, data, progress_bar=False), images)
@@ -229,7 +232,7 @@ def test_the_size_is_the_bound(steps, grid, optimal):
     assert "bits/dim" in str(report)
 
 
-# --- nothing else ever comes back -------------------------------------------------------------------------------------
+# --- nothing else ever comes back ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +319,7 @@ def test_continuous_data_and_frequencies_have_no_code(pipe):
         compress(VDMPipeline(pipe.unet, scheduler, num_levels=17), digits(2), num_steps=5)
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

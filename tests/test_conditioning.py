@@ -19,7 +19,9 @@ LOG_SNR = {"beta_schedule": "log_snr_linear", "log_snr_max": 8.0, "log_snr_min":
 
 
 class ExactGaussian(ModelMixin, ConfigMixin):
-    """The exact denoiser of x ~ N(mean, covariance) over all pixels: eps_hat = sigma S^-1 (z - alpha mean), S = alpha^2 C + sigma^2."""
+    """The exact denoiser of x ~ N(mean, covariance) over all pixels: eps_hat = sigma S^-1 (z - alpha mean), S =
+    alpha^2 C + sigma^2.
+    """
 
     @register_to_config
     def __init__(self, in_channels: int = 1, sample_size: tuple = (1, 2)):
@@ -65,7 +67,7 @@ def class_pipeline(**config) -> VDMPipeline:
     return pipe
 
 
-# --- guidance ---------------------------------------------------------------------------------------------------------
+# --- guidance --------------------------------------------------------------------------------------------------------
 
 
 def test_guidance_runs_between_the_two_predictions():
@@ -99,7 +101,7 @@ def test_guidance_leaves_a_learned_variance_alone():
     assert torch.equal(guided[:, 3:], a[:, 3:])
 
 
-# --- images to start from ---------------------------------------------------------------------------------------------
+# --- images to start from --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pixel_encoding", ["bin_center", "endpoint"])
@@ -189,7 +191,7 @@ def test_slerp_keeps_latents_standard_normal():
     torch.testing.assert_close(slerp(a, a, 0.4), a, rtol=1e-4, atol=1e-4)
 
 
-# --- known regions ----------------------------------------------------------------------------------------------------
+# --- known regions ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["vdm", "betas", "ddpm"])
@@ -239,7 +241,7 @@ def test_particles_tend_to_the_exact_conditional_distribution():
     assert abs(replaced - exact_mean) > 0.05 > 2 * abs(mean - exact_mean)
 
 
-# --- what does not fit ------------------------------------------------------------------------------------------------
+# --- what does not fit -----------------------------------------------------------------------------------------------
 
 
 def test_conditions_that_do_not_fit_are_named():

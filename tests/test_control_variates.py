@@ -100,8 +100,8 @@ def test_zero_terminal_snr_and_large_signals_are_finite():
 
 
 def test_a_feature_that_vanishes_has_no_large_coefficient():
-    """The pixels' loss falls double exponentially with log SNR. A coefficient of 1e5 that fits noise where it is 1e-6 is a spike at the next
-    knot, which hardly an evaluation sees: estimates were off by tens of their standard errors.
+    """The pixels' loss falls double exponentially with log SNR. A coefficient of 1e5 that fits noise where it is 1e-6
+    is a spike at the next knot, which hardly an evaluation sees: estimates were off by tens of their standard errors.
     """
     cheap, x, levels = controls(17, count=48)
     generator = torch.Generator().manual_seed(0)

@@ -1,7 +1,7 @@
 """Every Python block of README.md and docs/*.md runs, in the order of its page, on small models.
 
-A block that cannot (it needs the Hub, a GPU, a download) says so in a comment above it: <!-- not run: why -->. Names that a page uses without
-making them (`pipe`, `images`, ...) are what `page_names` gives.
+A block that cannot (it needs the Hub, a GPU, a download) says so in a comment above it: <!-- not run: why -->. Names
+that a page uses without making them (`pipe`, `images`, ...) are what `page_names` gives.
 """
 
 import re

@@ -37,7 +37,7 @@ def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-# --- the terms --------------------------------------------------------------------------------------------------------
+# --- the terms -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -180,7 +180,7 @@ def test_gradients_reach_the_end_points():
         torch.testing.assert_close(got, expected, rtol=1e-14, atol=0)
 
 
-# --- the whole, for Gaussian data: everything in closed form ----------------------------------------------------------
+# --- the whole, for Gaussian data: everything in closed form ---------------------------------------------------------
 
 SCHEDULES = {
     "linear": LinearLogSNRSchedule(30.0, -30.0),
@@ -234,7 +234,7 @@ def test_discrete_bound_of_gaussian_data_falls_to_the_continuous_one():
     assert 0 < float(gaps[-1]) < 2 * float(gaps[3]) * 80 / 10_000
 
 
-# --- the whole, for a data set of N images: Monte Carlo against ln N --------------------------------------------------
+# --- the whole, for a data set of N images: Monte Carlo against ln N -------------------------------------------------
 
 
 def point_data(n=8, num_levels=17, shape=(1, 2, 2)):
@@ -323,7 +323,7 @@ def test_diffusion_term_is_the_same_on_every_path():
         torch.testing.assert_close(other, terms[0], rtol=1e-7, atol=1e-9)
 
 
-# --- the exact models themselves --------------------------------------------------------------------------------------
+# --- the exact models themselves -------------------------------------------------------------------------------------
 
 
 def test_exact_denoiser_is_tweedies():

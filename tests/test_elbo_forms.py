@@ -1,4 +1,6 @@
-"""The bound of the whole family: truth on a linear-Gaussian hierarchy, both forms of the diffusion ELBO, the three restrictions."""
+"""The bound of the whole family: truth on a linear-Gaussian hierarchy, both forms of the diffusion ELBO, the three
+restrictions.
+"""
 
 import math
 
@@ -178,11 +180,13 @@ def test_sampling_reproduces_the_decoders_covariance():
     assert float(((z_1.T.cov() - expected) / scale).abs().max()) < 5 * math.sqrt(2 / len(z_1))
 
 
-# --- training reaches the optimum ----------------------------------------------------------------------------------------
+# --- training reaches the optimum ------------------------------------------------------------------------------------
 
 
 def test_training_reaches_the_exact_optimum():
-    """A linear VAE is probabilistic PCA: the best likelihood is known from the eigenvalues, and the ELBO reaches it."""
+    """A linear VAE is probabilistic PCA: the best likelihood is known from the eigenvalues, and the ELBO reaches
+    it.
+    """
     data = normal((500, 4), 0) @ normal((4, 4), 1) * 0.7
     data = data - data.mean(0)
     covariance = data.T @ data / len(data)
@@ -217,7 +221,8 @@ def test_training_reaches_the_exact_optimum():
 
     optimizer.step(closure)
     reached = float(negative_elbo().detach())
-    # q's covariance is diagonal; at the optimum W can be rotated so that the true posterior's is too, and the gap closes
+    # q's covariance is diagonal; at the optimum W can be rotated so that the true posterior's is too, and the gap
+    # closes
     assert reached == pytest.approx(float(best), abs=1e-7)
 
 
@@ -299,7 +304,7 @@ def test_training_a_linear_denoiser_reaches_the_optimal_bound_which_nears_the_li
     assert 0 < gaps[1] < 0.5 * gaps[0]
 
 
-# --- diffusion as the special case -----------------------------------------------------------------------------------------
+# --- diffusion as the special case -----------------------------------------------------------------------------------
 
 
 def gaussian_denoiser(data_variance, path="vp"):
@@ -340,7 +345,9 @@ def test_three_restrictions_give_the_discrete_elbo_number_for_number(path):
 
 @pytest.mark.parametrize("variance", ["posterior", "forward"])
 def test_both_forms_are_the_same_sum_on_every_trajectory(variance):
-    """Bayes' rule telescopes: with z_l sampled too, ln q(z_l | z_{l-1}) and ln q(z_{l-1} | z_l, x) sum to one number."""
+    """Bayes' rule telescopes: with z_l sampled too, ln q(z_l | z_{l-1}) and ln q(z_{l-1} | z_l, x) sum to one
+    number.
+    """
     x = normal((6, 4), 0)
     log_snr = torch.tensor([5.0, 3.0, 0.0, -2.0, -6.0], dtype=torch.float64)
     hierarchy = diffusion_hierarchy(log_snr, wrong_denoiser, variance=variance)
@@ -407,7 +414,9 @@ def test_one_step_of_the_matching_form_has_the_lower_variance_and_the_more_so_th
 
 
 def test_a_gaussian_chain_bounds_its_exact_evidence():
-    """x ~ N(0, 1), an exact denoiser: the chain's likelihood is a Gaussian's, and the bound is above it by a known gap."""
+    """x ~ N(0, 1), an exact denoiser: the chain's likelihood is a Gaussian's, and the bound is above it by a known
+    gap.
+    """
     level = torch.linspace(6, -8, 6, dtype=torch.float64)
     denoise = gaussian_denoiser(1.0)
     hierarchy = diffusion_hierarchy(level, denoise)
@@ -432,7 +441,9 @@ def test_a_gaussian_chain_bounds_its_exact_evidence():
 
 
 def test_the_textbook_s_kl_over_neighbours_is_not_the_bound():
-    """E KL(q(z_l | z_{l-1}) || p(z_l | z_{l+1})) over (z_{l-1}, z_{l+1}) is another number: those given, z_l is not q(z_l | z_{l-1})."""
+    """E KL(q(z_l | z_{l-1}) || p(z_l | z_{l+1})) over (z_{l-1}, z_{l+1}) is another number: those given, z_l is not
+    q(z_l | z_{l-1}).
+    """
     x = torch.full((40000, 1), 0.8, dtype=torch.float64)
     level = torch.tensor([3.0, 0.0, -6.0], dtype=torch.float64)
     hierarchy = diffusion_hierarchy(level, gaussian_denoiser(1.0))

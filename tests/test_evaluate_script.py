@@ -80,7 +80,9 @@ def test_against_another_model_the_difference_has_a_small_error(checkpoint, tmp_
 
 
 def test_the_bound_of_chains_is_that_of_ancestral_sampling(checkpoint, tmp_path, capsys):
-    """A sampler with more noise than ancestral sampling has the same network, and its chain's bound is the ancestral one."""
+    """A sampler with more noise than ancestral sampling has the same network, and its chain's bound is the ancestral
+    one.
+    """
     pipeline = VDMPipeline.from_pretrained(checkpoint)
     noisier = VDMScheduler.from_config(pipeline.scheduler.config, stochasticity=1.5)
     VDMPipeline(pipeline.unet, noisier, num_levels=17).save_pretrained(tmp_path / "noisier")

@@ -1,4 +1,6 @@
-"""Flow matching and sigma space: the peers' samples by default, the exact maths of the paths, one bound on every path."""
+"""Flow matching and sigma space: the peers' samples by default, the exact maths of the paths, one bound on every
+path.
+"""
 
 import itertools
 import math
@@ -60,7 +62,7 @@ def run(scheduler, model, z, seed=0):
     return z
 
 
-# --- the peers' samples -----------------------------------------------------------------------------------------------
+# --- the peers' samples ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -183,13 +185,15 @@ def test_places_of_a_run():
     assert back.config.shift == 2.5
 
 
-# --- truth ------------------------------------------------------------------------------------------------------------
+# --- truth -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stochasticity", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("path", ["flow", "flow, inverted", "sigma"])
 def test_every_step_draws_from_the_marginal(path, stochasticity):
-    """Where x_hat is x, z_s given x has mean alpha_s x and variance sigma_s^2, whatever the stochasticity: to 1e-12."""
+    """Where x_hat is x, z_s given x has mean alpha_s x and variance sigma_s^2, whatever the stochasticity: to
+    1e-12.
+    """
     x, eps = start(3, 2, 4, 4), start(3, 2, 4, 4, seed=1)
     if path == "sigma":
         s = VDMSigmaScheduler(stochasticity=stochasticity)
@@ -224,7 +228,9 @@ def test_every_step_draws_from_the_marginal(path, stochasticity):
 
 
 def gaussian_flow(variance):
-    """The network of data N(0, variance): E[eps - x | z], and the solution of its ordinary differential equation, z sqrt(variance)."""
+    """The network of data N(0, variance): E[eps - x | z], and the solution of its ordinary differential equation, z
+    sqrt(variance).
+    """
 
     def model(z, t):
         s = float(t) / 1000
@@ -285,7 +291,7 @@ def test_second_order_in_ten_steps_is_nearer_to_the_data_than_eulers_25():
     assert distance[10][1] < distance[25][0], distance
 
 
-# --- one bound on every path ------------------------------------------------------------------------------------------
+# --- one bound on every path -----------------------------------------------------------------------------------------
 
 
 def same_network_on_every_path(network):
@@ -442,7 +448,7 @@ def test_the_optimal_variance_of_a_flow_travels_and_is_used():
     assert sliced_wasserstein(run(best, model, z), truth) < sliced_wasserstein(run(ancestral, model, z), truth)
 
 
-# --- the pieces -------------------------------------------------------------------------------------------------------
+# --- the pieces ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -478,7 +484,7 @@ def test_a_shift_moves_the_schedule_along_the_log_snr_axis():
     torch.testing.assert_close(moved.log_snr(t), plain.log_snr(t) - 2 * math.log(3), rtol=1e-12, atol=1e-12)
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------
+# --- bad input -------------------------------------------------------------------------------------------------------
 
 
 REFUSED = {

@@ -44,7 +44,10 @@ def reference_alpha_sigma(log_snr, path):
 
 
 def reference_posterior(alpha_s, sigma_s, alpha_t, sigma_t):
-    """Bayes' rule: q(z_s|z_t,x) ~ q(z_t|z_s) q(z_s|x), a product of two Gaussians in z_s. -> coefficients of z_t, x, variance."""
+    """Bayes' rule: q(z_s|z_t,x) ~ q(z_t|z_s) q(z_s|x), a product of two Gaussians in z_s.
+
+    -> coefficients of z_t, x, variance.
+    """
     if sigma_s == 0:
         return mp.mpf(0), alpha_s, mp.mpf(0)
     scale = alpha_t / alpha_s
@@ -205,7 +208,8 @@ def test_bayes_rule_on_a_grid(path):
 
 
 def test_the_three_textbook_forms_of_the_posterior_mean():
-    # Luo 2022, "Understanding Diffusion Models: A Unified Perspective", equations 84, 125 and 143, for a chain of betas
+    # Luo 2022, "Understanding Diffusion Models: A Unified Perspective", equations 84, 125 and 143, for a chain of
+    # betas
     betas = make_betas("linear", 1000)
     log_snr = log_snr_from_betas(betas)
     i = torch.tensor([1, 2, 10, 400, 998, 999])

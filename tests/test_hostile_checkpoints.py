@@ -1,4 +1,6 @@
-"""Checkpoints that lie, break, or mean harm: each gives a clear error, runs nothing, and spends neither memory nor disk."""
+"""Checkpoints that lie, break, or mean harm: each gives a clear error, runs nothing, and spends neither memory nor
+disk.
+"""
 
 import json
 import pickle
@@ -215,7 +217,7 @@ def test_the_unspoilt_checkpoint_loads_and_strange_code_beside_it_is_not_run(fol
     assert not (folder.parent / MARK).exists()
 
 
-# --- on the Hub: refused before weights are downloaded ----------------------------------------------------------------
+# --- on the Hub: refused before weights are downloaded ---------------------------------------------------------------
 
 FROM_HUB = """
 import json, os, sys
@@ -263,7 +265,7 @@ def test_hostile_repository(name, message, folder, hub, client):
     assert asked_for and not [target for target in asked_for if ".safetensors" in target or ".bin" in target]
 
 
-# --- components alone are bounded by their constructors ----------------------------------------------------------------
+# --- components alone are bounded by their constructors --------------------------------------------------------------
 
 COMPONENT = LOAD.replace("from vdm_diffusers import VDMPipeline", "from vdm_diffusers import *").replace(
     "    VDMPipeline.from_pretrained(sys.argv[1])",
@@ -288,7 +290,7 @@ def test_hostile_component(cls, part, entries, message, folder, good, client):
     assert grown_kib < 64 * 1024 and seconds < 20
 
 
-# --- VAEs, and VAEs with a diffusion prior ----------------------------------------------------------------------------
+# --- VAEs, and VAEs with a diffusion prior ---------------------------------------------------------------------------
 
 
 def pickled(folder):
@@ -353,7 +355,7 @@ def test_a_latent_pipeline_is_not_taken_for_another(latent, good):
             cls.from_pretrained(folder, use_safetensors=False)
 
 
-# --- the two readers on their own -------------------------------------------------------------------------------------
+# --- the two readers on their own ------------------------------------------------------------------------------------
 
 
 def test_headers_say_what_safetensors_says(tmp_path):

@@ -1,4 +1,6 @@
-"""Publishing: pushes over HTTP that break, queue and collide; who may; what is left behind; cards that can be believed."""
+"""Publishing: pushes over HTTP that break, queue and collide; who may; what is left behind; cards that can be
+believed.
+"""
 
 import ast
 import json
@@ -95,7 +97,7 @@ def description(**changes) -> ModelDescription:
     )  # fmt: skip
 
 
-# --- pushing ----------------------------------------------------------------------------------------------------------
+# --- pushing ---------------------------------------------------------------------------------------------------------
 
 
 def test_push_twice_is_one_commit_and_leaves_the_rest_behind(hub, client, folder):
@@ -248,7 +250,7 @@ def test_a_truncated_download_is_noticed(hub, client, folder):
     assert client("show(error_of(VDMPipeline.from_pretrained, 'someone/short'))", fresh=False) == ""
 
 
-# --- tokens -----------------------------------------------------------------------------------------------------------
+# --- tokens ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["README.md", "unet/config.json", "model_index.json"])
@@ -290,7 +292,7 @@ def test_nothing_of_a_push_prints_the_token(hub, folder, tmp_path):
     assert not [name for name, data in hub.files("someone/loud").items() if hub.token.encode() in data]
 
 
-# --- cards ------------------------------------------------------------------------------------------------------------
+# --- cards -----------------------------------------------------------------------------------------------------------
 
 
 def test_the_model_index_holds_the_figure_and_all_that_belongs_to_it(folder):
@@ -436,7 +438,7 @@ pipe.push_to_hub("someone/itself", card=test_hub.description(), tag="v1", privat
     assert hub.repos["someone/itself"].private
 
 
-# --- the namespace ----------------------------------------------------------------------------------------------------
+# --- the namespace ---------------------------------------------------------------------------------------------------
 
 
 def test_one_constant_says_where_the_models_are(monkeypatch):

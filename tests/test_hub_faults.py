@@ -1,4 +1,6 @@
-"""What real use broke on the way to and from the Hub: leftovers of other weights, a Hub that does not answer, what is let in."""
+"""What real use broke on the way to and from the Hub: leftovers of other weights, a Hub that does not answer, what is
+let in.
+"""
 
 import json
 import os
@@ -73,7 +75,7 @@ def same_weights(one: VDMPipeline, other: VDMPipeline) -> bool:
     return all(torch.equal(a, b) for a, b in pairs)
 
 
-# --- weights are replaced whole ---------------------------------------------------------------------------------------
+# --- weights are replaced whole --------------------------------------------------------------------------------------
 
 LAYOUTS = {"sharded": {"max_shard_size": "20KB"}, "whole": {}}
 
@@ -107,7 +109,7 @@ def test_weights_pushed_over_others_are_those_that_load(hub, client, tmp_path):
     assert client(code) == pytest.approx(pipeline(2).unet.conv_out.weight.flatten().tolist())
 
 
-# --- a Hub that does not answer, a repository of someone else's -------------------------------------------------------
+# --- a Hub that does not answer, a repository of someone else's ------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [429, 500, 503, "no connection"])
@@ -184,7 +186,7 @@ def test_secrets_are_known_by_their_shape(start, tmp_path):
         publish_folder(tmp_path / "run", "someone/secret", token=SECRET)
 
 
-# --- cards ------------------------------------------------------------------------------------------------------------
+# --- cards -----------------------------------------------------------------------------------------------------------
 
 
 def describe(**changes) -> ModelDescription:
@@ -248,7 +250,7 @@ def test_a_picture_in_another_encoding_is_no_obstacle_and_a_link_out_is(tmp_path
         publish_folder(folder, "someone/pictures", token=SECRET)
 
 
-# --- what is let in ---------------------------------------------------------------------------------------------------
+# --- what is let in --------------------------------------------------------------------------------------------------
 
 
 def set_scheduler(stock, **values):
@@ -373,7 +375,7 @@ def test_a_loop_of_links_is_that_error_too(tmp_path):
         read_header(tmp_path / "m.safetensors")
 
 
-# --- which checkpoint is meant ----------------------------------------------------------------------------------------
+# --- which checkpoint is meant ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["outputs/digits", "model_cards/none", "here/none", "./x/y", "none", "~/x", "a/b/c"])

@@ -77,7 +77,9 @@ class ExactPrior(VDMUNet2DModel):
 
 @pytest.mark.parametrize("factors", [(1.0, 3.0), (0.3, -9.0)])
 def test_joint_bound_with_an_exact_prior_is_the_bound_of_the_vae_itself(factors):
-    """A diffusion model that is exact for N(0, 1) costs what N(0, 1) costs: in scaled latents the KL is in closed form."""
+    """A diffusion model that is exact for N(0, 1) costs what N(0, 1) costs: in scaled latents the KL is in closed
+    form.
+    """
     ends = scheduler(log_snr_max=11.0, log_snr_min=-11.0)
     pipe = LatentVDMPipeline(vae(scaling_factor=factors[0], shift_factor=factors[1]), ExactPrior(ends), ends)
     levels = images(1).expand(1000, -1, -1, -1)
@@ -191,7 +193,8 @@ def test_a_gaussian_prior_is_sampled_with_its_variance():
     y = pipe(1500, 200, generator=generator(), output_type="latent").images
     alpha, _ = alpha_sigma(2.0)
     z_0 = y * float(alpha)
-    # 200 ancestral steps with the posterior variance fall a little short of Var z_0 = 1; without the division it would be alpha^2 off
+    # 200 ancestral steps with the posterior variance fall a little short of Var z_0 = 1; without the division it would
+    # be alpha^2 off
     assert float(z_0.var()) == pytest.approx(1, abs=0.06)
     assert float(alpha**2) < 0.9
 

@@ -1,4 +1,6 @@
-"""Text-to-image and class-to-image pipelines of Diffusers: likelihoods of latents, prompts, classes; what is refused."""
+"""Text-to-image and class-to-image pipelines of Diffusers: likelihoods of latents, prompts, classes; what is
+refused.
+"""
 
 import string
 

@@ -33,7 +33,7 @@ def midpoints(n: int) -> torch.Tensor:
     return (torch.arange(n, dtype=torch.float64) + 0.5) / n
 
 
-# --- the function -----------------------------------------------------------------------------------------------------
+# --- the function ----------------------------------------------------------------------------------------------------
 
 
 def test_contract():
@@ -132,7 +132,7 @@ def test_saved_and_loaded_and_written_into_a_scheduler(tmp_path):
     )
 
 
-# --- its gradient -----------------------------------------------------------------------------------------------------
+# --- its gradient ----------------------------------------------------------------------------------------------------
 
 
 def mixture() -> GaussianMixture:
@@ -146,8 +146,9 @@ def losses_at(model: GaussianMixture, x, noise, log_snr, weight) -> torch.Tensor
 
 
 def test_gradient_against_finite_differences():
-    # The same t, x and eps at every parameter value: the mean squared loss (and for the end points the mean loss) is then an
-    # ordinary function of the parameters. The denoiser has a second use of log SNR, its own: the chain rule must see both.
+    # The same t, x and eps at every parameter value: the mean squared loss (and for the end points the mean loss) is
+    # then an ordinary function of the parameters. The denoiser has a second use of log SNR, its own: the chain rule
+    # must see both.
     schedule = scrambled(seed=5, scale=0.5, learn_end_points=True).double()
     model, generator = mixture(), torch.Generator().manual_seed(6)
     x = model.sample(37, generator)
@@ -205,11 +206,12 @@ def test_the_denoisers_gradient_is_untouched_and_a_bypassed_cut_is_noticed():
         bypassed.backward(losses, scale=1 / 9)
 
 
-# --- what it is for ---------------------------------------------------------------------------------------------------
+# --- what it is for --------------------------------------------------------------------------------------------------
 
 
 def test_expected_loss_depends_on_the_end_points_alone():
-    # exact denoiser of N(0, 0.3 I): E|eps - eps_hat|^2 = D sigmoid(log_snr + ln 0.3), by closed form, and quadrature over t
+    # exact denoiser of N(0, 0.3 I): E|eps - eps_hat|^2 = D sigmoid(log_snr + ln 0.3), by closed form, and quadrature
+    # over t
     def expected(schedule):
         t = midpoints(100_000)
         error = torch.sigmoid(schedule.log_snr(t) + math.log(0.3))
@@ -233,8 +235,8 @@ def gaussian_losses(cut, x, noise, prior_variance):
 
 
 def test_converges_to_the_density_proportional_to_the_root_mean_square():
-    # For N(0, v I) the error is sigmoid(l + ln v) times a chi-square: its root mean square has the shape of that sigmoid, and
-    # the best t(l) is a difference of softplus over the same difference at the ends.
+    # For N(0, v I) the error is sigmoid(l + ln v) times a chi-square: its root mean square has the shape of that
+    # sigmoid, and the best t(l) is a difference of softplus over the same difference at the ends.
     prior_variance, num_dims = 0.01, 32
     schedule = LearnedNoiseSchedule(9.0, -5.0, hidden_features=24)
     optimizer = torch.optim.Adam(schedule.parameters(), lr=0.03, betas=(0.9, 0.99))
@@ -271,8 +273,8 @@ def test_converges_to_the_density_proportional_to_the_root_mean_square():
 
 
 def test_learned_end_points_improve_the_bound():
-    # Integers of 5 levels, the exact denoiser made worse by a constant error, so that a wide range of log SNR has its price
-    # and the best end points lie inside the envelope.
+    # Integers of 5 levels, the exact denoiser made worse by a constant error, so that a wide range of log SNR has its
+    # price and the best end points lie inside the envelope.
     levels = torch.tensor([[0, 3], [4, 1], [2, 2]])
     model = GaussianMixture.points(encode_pixels(levels, 5, dtype=torch.float64))
     schedule = LearnedNoiseSchedule(12.0, -10.0, hidden_features=8, learn_end_points=True)
@@ -288,7 +290,9 @@ def test_learned_end_points_improve_the_bound():
 
     @torch.no_grad()
     def bounds() -> torch.Tensor:
-        """16 independent estimates of the bound by quadrature over the envelope's log SNRs, with the same noise each time."""
+        """16 independent estimates of the bound by quadrature over the envelope's log SNRs, with the same noise each
+        time.
+        """
         own, log_snr = torch.Generator().manual_seed(2), 12 - 22 * midpoints(900)
         inside = (log_snr < schedule.log_snr_max) & (log_snr > schedule.log_snr_min)
         k = levels.repeat(300, 1)

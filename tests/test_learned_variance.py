@@ -68,8 +68,8 @@ def test_the_prediction_learns_nothing_from_the_bound():
 
 
 def test_its_minimum_is_the_optimal_variance():
-    # For one Gaussian the error of the exact network is the same everywhere: x - x_hat ~ N(0, e), and the best variance is the
-    # posterior's + c_x^2 e. The averaged bound has its minimum there.
+    # For one Gaussian the error of the exact network is the same everywhere: x - x_hat ~ N(0, e), and the best
+    # variance is the posterior's + c_x^2 e. The averaged bound has its minimum there.
     generator = torch.Generator().manual_seed(1)
     model = GaussianMixture.gaussian(torch.zeros(1, 40, 50), 0.3)
     s, t = torch.tensor(1.0).double(), torch.tensor(-0.5).double()

@@ -56,7 +56,7 @@ def chain(num_steps, reverse_variance="posterior"):
     return DiscreteTerm(torch.linspace(LOG_SNR_MAX, LOG_SNR_MIN, num_steps + 1, dtype=torch.float64), reverse_variance)
 
 
-# --- the reconstruction term ------------------------------------------------------------------------------------------
+# --- the reconstruction term -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -94,11 +94,13 @@ def test_expected_softmax_nats_is_the_mean_of_the_decoder():
     assert abs(float(difference.mean())) < 5 * float(difference.std()) / math.sqrt(len(levels))
 
 
-# --- the bound against the truth --------------------------------------------------------------------------------------
+# --- the bound against the truth -------------------------------------------------------------------------------------
 
 
 def expected_continuous(levels, data, report):
-    """-ln p + reconstruction + prior - I(x; z_1), for the mean over all N images (I-MMSE: Guo, Shamai & Verdu 2005)."""
+    """-ln p + reconstruction + prior - I(x; z_1), for the mean over all N images (I-MMSE: Guo, Shamai & Verdu
+    2005).
+    """
     information, error = data.information(LOG_SNR_MIN, 20_000, torch.Generator().manual_seed(1))
     nats = math.log(len(levels)) - information + float(report.prior.mean() + report.reconstruction.mean())
     scale = report.num_dims * math.log(2)
@@ -209,7 +211,10 @@ def test_more_evaluations_never_make_it_worse():
     ],
 )
 def test_neither_stopping_nor_the_merging_of_rounds_moves_the_bound(count, term, options):
-    """z scores over repetitions. Rounds that were merged by their own errors lay 13 standard errors below the truth."""
+    """z scores over repetitions.
+
+    Rounds that were merged by their own errors lay 13 standard errors below the truth.
+    """
     levels, data = known_images(count=8, shape=(1, 2, 2))
     model = exact_model(data)
     chosen = ContinuousTerm(LOG_SNR_MAX, LOG_SNR_MIN) if term == "continuous" else chain(30)
@@ -243,7 +248,7 @@ def test_the_known_integral_is_exact_where_the_denoiser_by_pixels_sets_in():
     torch.testing.assert_close(known(*term.quadrature(controls.jumps)), expected, rtol=1e-6, atol=1e-6)
 
 
-# --- DDPM's chain -----------------------------------------------------------------------------------------------------
+# --- DDPM's chain ----------------------------------------------------------------------------------------------------
 
 
 def ddpm(data, learned=None, steps=1000, num_levels=256, fraction=0.0):
@@ -298,7 +303,7 @@ def test_the_ends_of_a_learned_range_are_the_fixed_variances(fraction, fixed):
     torch.testing.assert_close(own, learned, rtol=1e-9, atol=1e-12)
 
 
-# --- accounting -------------------------------------------------------------------------------------------------------
+# --- accounting ------------------------------------------------------------------------------------------------------
 
 
 def test_the_result_does_not_depend_on_the_batch_size():

@@ -29,7 +29,7 @@ def evaluate(model, images, **kwargs):
     return evaluate_likelihood(model, images, progress_bar=False, **kwargs)
 
 
-# --- truth ------------------------------------------------------------------------------------------------------------
+# --- truth -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -92,7 +92,7 @@ def test_ddpm_chain_of_known_images_and_its_continuous_limit():
     assert low - 4 * continuous.standard_error < continuous.bits_per_dim < high + 4 * continuous.standard_error
 
 
-# --- pipelines --------------------------------------------------------------------------------------------------------
+# --- pipelines -------------------------------------------------------------------------------------------------------
 
 
 def stock_unet(**kwargs):
@@ -221,7 +221,7 @@ def test_learned_range_network():
         evaluate(DDPMPipeline(stock_unet(), pipe.scheduler), images())
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 class WithVAE(DDPMPipeline):

@@ -1,4 +1,6 @@
-"""The probability-flow ODE and the K-sample bound against exact densities, and evaluations that are cut off or shared."""
+"""The probability-flow ODE and the K-sample bound against exact densities, and evaluations that are cut off or
+shared.
+"""
 
 import math
 import os
@@ -70,7 +72,8 @@ def test_ode_bounds_the_integers(dequantization):
     )
     mass = data.nats(encode_pixels(levels, dtype=torch.float64)) - 8 * math.log(2 / 256)
     excess = report.bits_per_dim - float(mass.mean()) / 8 / math.log(2)
-    # none: draws of deviation 0.0013 in bins of 0.0078 leave the bin's volume unused, ln(0.0078 / (0.0013 sqrt(2 pi e)))
+    # none: draws of deviation 0.0013 in bins of 0.0078 leave the bin's volume unused, ln(0.0078 / (0.0013 sqrt(2 pi
+    # e)))
     unused = math.log2(2 / 256 / (math.exp(-13.3 / 2) * math.sqrt(2 * math.pi * math.e)))
     expected = {"none": unused, "truncated_normal": unused, "uniform": 0.0}[dequantization]
     assert report.settings["dequantization"] == dequantization

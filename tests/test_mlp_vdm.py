@@ -26,7 +26,9 @@ def test_a_new_one_answers_with_its_input_and_saves(tmp_path):
 
 
 def test_it_learns_the_density_of_correlated_vectors():
-    """-ln p of a Gaussian of two strongly correlated pairs; a network that saw none of the correlation is far above."""
+    """-ln p of a Gaussian of two strongly correlated pairs; a network that saw none of the correlation is far
+    above.
+    """
     torch.manual_seed(0)
     factor = torch.tensor([[1.0, 0, 0, 0], [0.9, 0.3, 0, 0], [0, 0, 1.0, 0], [0, 0, -0.9, 0.3]])
     x = torch.randn(4096, 4) @ factor.T

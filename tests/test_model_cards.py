@@ -68,7 +68,9 @@ def test_the_cards_code_runs_as_printed(name, monkeypatch):
 
 @pytest.mark.slow
 def test_samples_are_digits(digits):
-    """A classifier of real digits is nearly as sure of the samples as of held-out digits; all classes; nothing copied."""
+    """A classifier of real digits is nearly as sure of the samples as of held-out digits; all classes; nothing
+    copied.
+    """
     images, labels = digits["train"].images, digits["train"].labels
     classifier = CalibratedClassifierCV(SVC(), ensemble=False).fit(images.flatten(1).numpy() / 16, labels.numpy())
     held_out = classifier.predict_proba(digits["test"].images.flatten(1).numpy() / 16).max(1).mean()

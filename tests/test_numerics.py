@@ -68,7 +68,9 @@ def test_minus_log1p():
 
 
 def public_definitions(tree):
-    """Functions, classes and methods without a leading underscore; a method that overrides one of its base is described there."""
+    """Functions, classes and methods without a leading underscore; a method that overrides one of its base is
+    described there.
+    """
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
             yield node, False

@@ -169,8 +169,8 @@ def test_zero_terminal_snr():
 
 
 def test_edm_weighting_is_edms_own_loss():
-    # Karras et al. 2022: ln sigma ~ N(-1.2, 1.2^2), loss (sigma^2 + 1/4) / (sigma / 2)^2 |x - x_hat|^2. In log SNR (ve) the
-    # elbo's 1/2 |eps - eps_hat|^2 d log_snr times our weighting is the same integrand up to one constant
+    # Karras et al. 2022: ln sigma ~ N(-1.2, 1.2^2), loss (sigma^2 + 1/4) / (sigma / 2)^2 |x - x_hat|^2. In log SNR
+    # (ve) the elbo's 1/2 |eps - eps_hat|^2 d log_snr times our weighting is the same integrand up to one constant
     log_sigma = torch.linspace(-6, 5, 50, dtype=torch.float64)
     sigma, log_snr = log_sigma.exp(), -2 * log_sigma
     edm = normal_density(log_sigma, -1.2, 1.2) * (sigma**2 + 0.25) / (sigma * 0.5) ** 2

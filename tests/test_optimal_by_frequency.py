@@ -1,4 +1,6 @@
-"""The optimal reverse variance of every radial band of frequencies: exact maths, the scheduler's noise, the bound, and its travels."""
+"""The optimal reverse variance of every radial band of frequencies: exact maths, the scheduler's noise, the bound,
+and its travels.
+"""
 
 import itertools
 import json
@@ -273,7 +275,8 @@ def test_measured_by_frequency_it_lowers_the_bound_of_few_steps():
     assert [r.settings["reverse_variance"] for r in reports] == ["posterior", "optimal", "optimal_per_frequency"]
     for worse, better in itertools.pairwise(reports):
         assert better.bits_per_dim < worse.bits_per_dim - 5 * math.hypot(better.standard_error, worse.standard_error)
-    # the subset of the steps, with control variates, and the K = 1 case of the sampled log ratios have the same expectation
+    # the subset of the steps, with control variates, and the K = 1 case of the sampled log ratios have the same
+    # expectation
     run |= {"generator": torch.Generator().manual_seed(2)}
     part = evaluate_likelihood(model, x, method="discrete", num_samples=4, **run)
     one = evaluate_likelihood(model, x, method="importance_weighted", num_samples=2, **run)
@@ -286,7 +289,7 @@ def test_measured_by_frequency_it_lowers_the_bound_of_few_steps():
         estimate_optimal_variance(model, x, scheduler=s, num_knots=65, per_frequency=True, **kwargs)
 
 
-# --- Analytic-DPM: from the network alone --------------------------------------------------------------------------------
+# --- Analytic-DPM: from the network alone ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("per_frequency", [False, True])
@@ -368,7 +371,7 @@ def test_own_samples_of_integers_and_of_labels():
     assert decode_pixels(points[1], 256, "endpoint").unique().tolist() == [255]
 
 
-# --- the grid that comes with it -----------------------------------------------------------------------------------------
+# --- the grid that comes with it -------------------------------------------------------------------------------------
 
 
 def test_the_right_grid_comes_by_default():

@@ -1,6 +1,8 @@
-"""Where the schedulers that VDMScheduler stands in for are measurably wrong (Diffusers 0.42.1), and that it is right there.
+"""Where the schedulers that VDMScheduler stands in for are measurably wrong (Diffusers 0.42.1), and that it is right
+there.
 
-Every test shows both sides against the same reference. Should a release of Diffusers repair a defect, `defect` skips that test.
+Every test shows both sides against the same reference. Should a release of Diffusers repair a defect, `defect` skips
+that test.
 """
 
 import itertools
@@ -270,7 +272,9 @@ def test_row_11_lower_end_of_learned_range():
     ("dtype", "at_stake"), [(torch.float32, 9e-6), (torch.float16, 0.046), (torch.bfloat16, 0.37)]
 )
 def test_row_12_data_from_exact_noise_at_the_noisy_end(dtype, at_stake):
-    """Most of the error is the rounding of the inputs, times 1/alpha = 157; what the scheduler adds to it, ours does not."""
+    """Most of the error is the rounding of the inputs, times 1/alpha = 157; what the scheduler adds to it, ours does
+    not.
+    """
     alpha_bar = reference.alpha_bars(reference.betas("linear", 1000))[-1]
     alpha, sigma = float(mp.sqrt(alpha_bar)), float(mp.sqrt(1 - alpha_bar))
     x = noise(0, (1, 3, 32, 32), torch.float64).clamp(-1, 1)

@@ -1,4 +1,6 @@
-"""VDMPipeline: exact denoisers whose samples are known, outputs, inputs that do not fit, dtypes, other people's parts."""
+"""VDMPipeline: exact denoisers whose samples are known, outputs, inputs that do not fit, dtypes, other people's
+parts.
+"""
 
 import itertools
 import json
@@ -91,8 +93,8 @@ def seeded(seed: int = 0) -> torch.Generator:
 def assert_same_samples(loaded, saved, **kwargs):
     """The same images, and latents that differ by rounding at most.
 
-    Weights that are mapped into memory lie where the file has them, and the rounding of a convolution on the CPU depends on
-    their alignment. Two processes that load one file agree to the last bit (tests/test_loading_roads.py).
+    Weights that are mapped into memory lie where the file has them, and the rounding of a convolution on the CPU
+    depends on their alignment. Two processes that load one file agree to the last bit (tests/test_loading_roads.py).
     """
     kwargs = {"num_inference_steps": 3, **kwargs}
     for output_type, atol in (("latent", 1e-6), ("pt", 0.0)):
@@ -104,7 +106,7 @@ def random_levels(shape, num_levels, seed=0):
     return torch.randint(num_levels, shape, generator=seeded(seed))
 
 
-# --- what comes out is known ------------------------------------------------------------------------------------------
+# --- what comes out is known -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pixel_encoding", ["bin_center", "endpoint"])
@@ -189,7 +191,7 @@ def test_the_same_samples_as_ddpm_pipeline():
         assert np.abs(images - expected).max() <= 0.5 / 255 + 1e-4  # ours are rounded to levels
 
 
-# --- what the outputs look like ---------------------------------------------------------------------------------------
+# --- what the outputs look like --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")])
@@ -231,7 +233,7 @@ def test_steps_default_to_the_schedulers():
     assert len(pipe.unet.seen) == 11
 
 
-# --- randomness -------------------------------------------------------------------------------------------------------
+# --- randomness ------------------------------------------------------------------------------------------------------
 
 
 def test_with_a_list_of_generators_an_image_does_not_depend_on_its_neighbours():
@@ -254,7 +256,7 @@ def test_latents_are_where_sampling_starts():
     assert pipe(num_inference_steps=3, latents=other_size, output_type="pt").images.shape == (2, 1, 9, 5)
 
 
-# --- classes ----------------------------------------------------------------------------------------------------------
+# --- classes ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -292,7 +294,7 @@ def test_a_transformer_with_a_learned_variance(variance_type):
     assert pipe(class_labels=[3, 4], num_inference_steps=4, output_type="np").images.shape == (2, 8, 8, 3)
 
 
-# --- precision --------------------------------------------------------------------------------------------------------
+# --- precision -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -327,7 +329,7 @@ def test_stock_network_in_half_precision():
     assert pipe(2, 4, generator=seeded(), output_type="np").images.shape == (2, 8, 8, 1)
 
 
-# --- callbacks --------------------------------------------------------------------------------------------------------
+# --- callbacks -------------------------------------------------------------------------------------------------------
 
 
 def test_callback_sees_every_step_and_may_replace_the_latents():
@@ -368,7 +370,7 @@ def test_diffusers_callback_classes():
     assert not pipe(1, 3, output_type="latent", callback_on_step_end=Halve()).images.any()
 
 
-# --- other people's schedulers ----------------------------------------------------------------------------------------
+# --- other people's schedulers ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -396,7 +398,7 @@ def test_a_scheduler_that_would_misread_the_schedule_says_so():
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
 
 
-# --- what does not fit ------------------------------------------------------------------------------------------------
+# --- what does not fit -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -464,7 +466,7 @@ def test_a_pipeline_with_more_parts_is_not_adopted():
         VDMPipeline.from_pipeline(pipe)
 
 
-# --- saving and loading -----------------------------------------------------------------------------------------------
+# --- saving and loading ----------------------------------------------------------------------------------------------
 
 
 def test_save_and_load(tmp_path):
@@ -520,7 +522,7 @@ def test_variants_and_shards(tmp_path):
     assert_same_samples(full, pipe)
 
 
-# --- registration with Diffusers --------------------------------------------------------------------------------------
+# --- registration with Diffusers -------------------------------------------------------------------------------------
 
 
 def test_registration_sets_what_diffusers_looks_for_and_replaces_nothing():

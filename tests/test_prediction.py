@@ -41,7 +41,9 @@ def targets(x, eps, log_snr, path):
 
 
 def rounding_scale(x, eps, log_snr, source, target, path):
-    """|A z| + |B y| + |y'| with every sum replaced by that of its terms' sizes: what rounding errors are relative to."""
+    """|A z| + |B y| + |y'| with every sum replaced by that of its terms' sizes: what rounding errors are relative
+    to.
+    """
     shape = (-1, *[1] * (x.ndim - 1))
 
     def size(row):
@@ -118,7 +120,8 @@ def test_coefficients_against_mpmath(source, target, path):
             system = mp.matrix([[alpha, rows[source][0]], [sigma, rows[source][1]]])
             reference = mp.lu_solve(system, mp.matrix(rows[target]))
             for value, exact in zip((got[0][i], got[1][i]), reference, strict=True):
-                # between v and flow the first coefficient is a difference of alpha and sigma, and zero where they are equal
+                # between v and flow the first coefficient is a difference of alpha and sigma, and zero where they are
+                # equal
                 scale = max(abs(exact), abs(rows[target][0]) if path == "vp" else 0, mp.mpf(10) ** -40)
                 assert abs(mp.mpf(float(value)) - exact) <= 2e-15 * max(scale, abs(reference[1]))
 

@@ -15,8 +15,8 @@ from latent_models import load_saved
 from vdm_diffusers import VDMPipeline
 
 RECIPES = sorted((Path(train.__file__).parent / "recipes").glob("*.yaml"))
-# Their 64 and 128 residual blocks of 128 and 256 channels take minutes for a step on a CPU: they keep every width and every
-# kind of layer, and are two layers deep.
+# Their 64 and 128 residual blocks of 128 and 256 channels take minutes for a step on a CPU: they keep every width and
+# every kind of layer, and are two layers deep.
 DEEP = {"cifar10-ddpm", "cifar10-vdm-paper", "imagenet64"}
 SHAPES = {"mnist": (28, "L"), "latent": (28, "L"), "imagenet64": (64, "RGB")}
 

@@ -59,7 +59,9 @@ def test_optimal_variance_minimises_the_step():
 
 
 def test_for_a_gaussian_the_optimal_variance_makes_every_grid_exact():
-    """The true reverse transition of Gaussian data is Gaussian with just this variance: no step costs more than information."""
+    """The true reverse transition of Gaussian data is Gaussian with just this variance: no step costs more than
+    information.
+    """
     optimal = OptimalVariance(
         *(lambda ell: (ell, gaussian_mse(ell, 0.1)))(torch.linspace(-5, 13.3, 7, dtype=torch.float64))
     )
@@ -113,7 +115,8 @@ def test_measured_variance_travels_in_the_config_and_lowers_the_bound(schedule):
     s = VDMScheduler(beta_schedule=schedule, clip_sample=False)
     model = data.as_model(s.log_snr)
     kwargs = {"progress_bar": False, "generator": torch.Generator().manual_seed(0)}
-    # many evaluations: what is rare at high log SNR, the wrong component of the mixture, decides where the grid's first step may begin
+    # many evaluations: what is rare at high log SNR, the wrong component of the mixture, decides where the grid's
+    # first step may begin
     measured = estimate_optimal_variance(model, levels, scheduler=s, num_samples=1024, **kwargs)
     assert len(measured["mse"]) == 64
     # the exact network's mse at a knot

@@ -46,7 +46,7 @@ def gaussian_model(scheduler, variance, prediction_type="sample"):
     return model
 
 
-# --- configuration ----------------------------------------------------------------------------------------------------
+# --- configuration ---------------------------------------------------------------------------------------------------
 
 
 def test_the_keywords_and_defaults_are_ddpms():
@@ -173,7 +173,7 @@ def test_odd_tables_warn_and_raise_only_where_they_are_undefined():
             scheduler.step(noise(0), timestep, noise(1))
 
 
-# --- the schedule -----------------------------------------------------------------------------------------------------
+# --- the schedule ----------------------------------------------------------------------------------------------------
 
 
 def test_noise_schedules():
@@ -252,7 +252,7 @@ def test_as_discrete_tells_diffusers_the_same_schedule(config):
     assert torch.equal(table.as_discrete().log_snr(t), table.log_snr(t))
 
 
-# --- grids ------------------------------------------------------------------------------------------------------------
+# --- grids -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
@@ -330,7 +330,7 @@ def test_previous_timestep():
     assert continuous.previous_timestep(torch.tensor([0.5, 10.25])).tolist() == [-0.5, 9.25]
 
 
-# --- steps ------------------------------------------------------------------------------------------------------------
+# --- steps -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -568,7 +568,7 @@ def test_what_is_made_in_inference_mode_serves_in_training():
     assert x.grad is not None and bool((x.grad != 0).all())
 
 
-# --- what a step costs ------------------------------------------------------------------------------------------------
+# --- what a step costs -----------------------------------------------------------------------------------------------
 
 
 class Kernels(TorchDispatchMode):
@@ -692,13 +692,15 @@ def test_a_step_compiles_with_inductor_and_for_timesteps_per_sample():
         assert torch.allclose(compiled(noise(1), t, noise(0)), expected, atol=1e-5, rtol=1e-5)
 
 
-# --- samplers ---------------------------------------------------------------------------------------------------------
+# --- samplers --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "epsilon"])
 @pytest.mark.parametrize(("order", "grids"), [(1, (64, 128)), (2, (64, 128))])
 def test_order_of_convergence(order, grids, prediction_type):
-    """Deterministic sampling of a Gaussian: z_0 is the initial value times the ratio of the two standard deviations."""
+    """Deterministic sampling of a Gaussian: z_0 is the initial value times the ratio of the two standard
+    deviations.
+    """
     variance = 0.3
     errors = []
     for n in grids:
@@ -717,7 +719,9 @@ def test_order_of_convergence(order, grids, prediction_type):
     "config", [{}, LOG_SNR, {"variance_type": "fixed_large", "timestep_spacing": "trailing"}], ids=str
 )
 def test_ancestral_sampling_of_a_gaussian(config):
-    """The exact denoiser of a Gaussian is linear, so the variance after n steps is known; a run has it within 5 standard errors."""
+    """The exact denoiser of a Gaussian is linear, so the variance after n steps is known; a run has it within 5
+    standard errors.
+    """
     variance, n = 0.5, 40_000
     scheduler = VDMScheduler(prediction_type="sample", clip_sample=False, **config)
     x = sample_loop(scheduler, noise(5, (n, 1)), gaussian_model(scheduler, variance), num_inference_steps=20)

@@ -114,7 +114,9 @@ def test_posterior_of_log_snr_schedules(log_snr_schedule, num_steps):
 
 
 def check_posterior(scheduler, a, b, variance):
-    """posterior_mean_variance at every timestep of the grid, and up to 200 steps, the first and the last among them."""
+    """posterior_mean_variance at every timestep of the grid, and up to 200 steps, the first and the last among
+    them.
+    """
     n = len(scheduler.timesteps)
     generator = torch.Generator().manual_seed(0)
     exact_z, exact_x = torch.randn(2, n, 3, dtype=torch.float64, generator=generator)
@@ -150,7 +152,9 @@ def check_posterior(scheduler, a, b, variance):
 @pytest.mark.parametrize("clip_sample", [True, False])
 @pytest.mark.parametrize("beta_schedule", ["linear", "log_snr_linear"])
 def test_float32_steps_agree_with_float64(prediction_type, clip_sample, beta_schedule):
-    """The error of a float32 step against a float64 step from the same inputs: at most 1e-6, everywhere on the chain."""
+    """The error of a float32 step against a float64 step from the same inputs: at most 1e-6, everywhere on the
+    chain.
+    """
     scheduler = VDMScheduler(beta_schedule=beta_schedule, prediction_type=prediction_type, clip_sample=clip_sample)
     generator = torch.Generator().manual_seed(1)
     for timestep in scheduler.timesteps[::7]:
@@ -215,7 +219,9 @@ def test_every_variance_is_what_the_papers_say():
 
 
 def test_the_value_that_diffusers_pins():
-    """Its test_full_loop_with_noise asks for a sum of 387.9466 +- 0.01; in 40 digits it is another (docs/conformance.md)."""
+    """Its test_full_loop_with_noise asks for a sum of 387.9466 +- 0.01; in 40 digits it is another
+    (docs/conformance.md).
+    """
     alpha_bars = reference.alpha_bars(reference.betas("linear", 1000))
     count = 4 * 3 * 8 * 8
     grid = torch.arange(count)

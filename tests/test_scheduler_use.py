@@ -1,4 +1,6 @@
-"""VDMScheduler as people use it: config changed on the way, threads, default devices, odd dtypes, one sample for a batch, bad values."""
+"""VDMScheduler as people use it: config changed on the way, threads, default devices, odd dtypes, one sample for a
+batch, bad values.
+"""
 
 import json
 import math
@@ -28,7 +30,7 @@ def run(scheduler, timesteps, seed=0):
     return z
 
 
-# --- the config is read live --------------------------------------------------------------------------------------------
+# --- the config is read live -----------------------------------------------------------------------------------------
 
 LATER = [
     {"clip_sample": False},
@@ -72,7 +74,7 @@ def test_own_keys_may_change_in_the_middle_of_a_run_too():
         run(scheduler, t[:1])
 
 
-# --- threads ------------------------------------------------------------------------------------------------------------
+# --- threads ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [{}, {**LOG_SNR, "stochasticity": 0.0, "multistep_order": 2}], ids=str)
@@ -107,7 +109,7 @@ def test_a_thread_without_a_grid_of_its_own_takes_the_last():
     assert found == [scheduler.timesteps.tolist()]
 
 
-# --- devices and dtypes -------------------------------------------------------------------------------------------------
+# --- devices and dtypes ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("config", [{}, LOG_SNR, {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}])
@@ -155,7 +157,7 @@ def test_one_sample_or_one_noise_stands_for_a_batch_as_with_the_peers(x, eps, co
         VDMScheduler().add_noise(noise(0, (3, 2)), noise(1, (2, 2)), torch.tensor([3]))
 
 
-# --- what a config may hold ---------------------------------------------------------------------------------------------
+# --- what a config may hold ------------------------------------------------------------------------------------------
 
 
 def test_values_of_numpy_and_torch_are_saved_and_loaded(tmp_path):
@@ -219,7 +221,9 @@ def test_betas_of_zero_are_named():
 
 
 def test_a_new_noise_schedule_is_one_entry(monkeypatch):
-    """As CONTRIBUTING.md says: a class and its name in one file, and the scheduler and everything behind it take it."""
+    """As CONTRIBUTING.md says: a class and its name in one file, and the scheduler and everything behind it take
+    it.
+    """
 
     class Halved(noise_schedules.LinearLogSNRSchedule):
         pass
@@ -231,7 +235,7 @@ def test_a_new_noise_schedule_is_one_entry(monkeypatch):
     assert len(scheduler.timesteps) == 7
 
 
-# --- a name that somebody adds and forgets in a branch -------------------------------------------------------------------
+# --- a name that somebody adds and forgets in a branch ---------------------------------------------------------------
 
 
 def test_an_unknown_name_raises_in_every_branch(monkeypatch):

@@ -1,4 +1,6 @@
-"""Tweedie's formula, its covariance, Langevin steps and predictor-corrector sampling, against distributions known exactly."""
+"""Tweedie's formula, its covariance, Langevin steps and predictor-corrector sampling, against distributions known
+exactly.
+"""
 
 import math
 from itertools import pairwise
@@ -98,7 +100,8 @@ def test_noise_prediction_is_a_score():
 
 @pytest.mark.parametrize("relative_step", [0.05, 0.5, 1.5])
 def test_langevin_chain_has_its_known_stationary_variance(relative_step):
-    # for N(0, v) the chain is a linear recursion: z' = (1 - h/v) z + sqrt(2h) n, stationary variance v / (1 - h / (2v))
+    # for N(0, v) the chain is a linear recursion: z' = (1 - h/v) z + sqrt(2h) n, stationary variance v / (1 - h /
+    # (2v))
     v = 0.6
     h = relative_step * v
     generator = torch.Generator().manual_seed(0)
@@ -196,7 +199,7 @@ def test_refusals():
         langevin_step(z, torch.zeros(3, 2), 0.1, z)
 
 
-# --- score networks among the others --------------------------------------------------------------------------------------
+# --- score networks among the others ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("continuous", [True, False])
@@ -225,7 +228,8 @@ def test_equal_predictions_have_equal_elbo_losses_whatever_the_network_predicts(
                 elbo_weight=weight,
             ).double()
         for prediction_type in ("epsilon", "score"):
-            # float32 rounds outputs whose errors are small beside them: relative to the loss of the outputs' last digits
+            # float32 rounds outputs whose errors are small beside them: relative to the loss of the outputs' last
+            # digits
             torch.testing.assert_close(losses[prediction_type], losses["sample"], rtol=tolerance, atol=0)
 
 

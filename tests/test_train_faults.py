@@ -18,8 +18,8 @@ from test_train_script import TINY
 
 STEPS, KILLS, LIMIT = 240, 20, 2
 
-# Imports once, then forks a process for every run. In the fork an audit hook counts what is done to the file system (every open
-# for writing, mkdir, rename, remove, rmdir) and strikes just before operation number `at`.
+# Imports once, then forks a process for every run. In the fork an audit hook counts what is done to the file system
+# (every open for writing, mkdir, rename, remove, rmdir) and strikes just before operation number `at`.
 NURSERY = """
 import json, os, resource, signal, sys, time
 sys.path.insert(0, sys.argv[1])

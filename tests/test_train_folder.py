@@ -1,4 +1,6 @@
-"""A run's folder on a shared machine: who holds it, what is removed, which branch is resumed, which signals stop it."""
+"""A run's folder on a shared machine: who holds it, what is removed, which branch is resumed, which signals stop
+it.
+"""
 
 import json
 import math
@@ -37,7 +39,7 @@ def names(output_dir: Path) -> set[str]:
     return {path.name for path in output_dir.iterdir()}
 
 
-# --- one run at a time ------------------------------------------------------------------------------------------------
+# --- one run at a time -----------------------------------------------------------------------------------------------
 
 
 def test_a_living_run_holds_its_folder_and_a_dead_one_does_not(tmp_path):
@@ -85,7 +87,7 @@ def test_half_a_lock_is_nobody_s(text, tmp_path):
     assert not (tmp_path / LOCK_FILE).exists()
 
 
-# --- what is removed --------------------------------------------------------------------------------------------------
+# --- what is removed -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("logging_dir", ["/absolute", "..", ".", "../beside", "logs"])
@@ -113,7 +115,7 @@ def test_a_folder_that_no_run_wrote_is_not_overwritten(tmp_path):
     assert names(tmp_path) == {"other.md"}
 
 
-# --- branches ---------------------------------------------------------------------------------------------------------
+# --- branches --------------------------------------------------------------------------------------------------------
 
 
 def test_going_back_sets_the_later_checkpoints_aside_and_damaged_ones_too(tmp_path):
@@ -135,7 +137,7 @@ def test_a_checkpoint_of_another_folder_starts_a_branch_of_its_own(tmp_path):
     assert not list_checkpoints(output_dir) and len(list_checkpoints(elsewhere)) == 3
 
 
-# --- signals ----------------------------------------------------------------------------------------------------------
+# --- signals ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -176,7 +178,7 @@ def test_an_orphan_of_its_launcher_stops(monkeypatch):
         stop.restore()
 
 
-# --- the rest of a run ------------------------------------------------------------------------------------------------
+# --- the rest of a run -----------------------------------------------------------------------------------------------
 
 
 def test_json_has_no_nan():

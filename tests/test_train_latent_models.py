@@ -87,7 +87,10 @@ def test_trains_evaluates_saves_and_resumes_exactly(model, kind, tmp_path):
 
 
 def test_stages_reach_what_they_say_and_the_scales_are_fitted_between_them(tmp_path):
-    """VAE alone, prior alone, both; in checkpoints after 2, 4 and 6 steps. `--use_ema false`: the weights themselves."""
+    """VAE alone, prior alone, both; in checkpoints after 2, 4 and 6 steps.
+
+    `--use_ema false`: the weights themselves.
+    """
     options = {
         "use_ema": False,
         "optimizer": "muon",

@@ -1,4 +1,6 @@
-"""What train.py can learn besides the network: schedules, densities of times, variances; and stock networks with and without classes."""
+"""What train.py can learn besides the network: schedules, densities of times, variances; and stock networks with and
+without classes.
+"""
 
 import json
 import math
@@ -213,7 +215,7 @@ def test_what_does_not_go_together_is_refused(options, complaint, tmp_path, caps
     assert stopped.value.code == 2 and complaint in capsys.readouterr().err
 
 
-# --- stock networks ---------------------------------------------------------------------------------------------------
+# --- stock networks --------------------------------------------------------------------------------------------------
 
 
 def write(folder, network):

@@ -33,7 +33,7 @@ from vdm_diffusers.objectives import OBJECTIVES
 CPU = torch.device("cpu")
 
 
-# --- randomness -------------------------------------------------------------------------------------------------------
+# --- randomness ------------------------------------------------------------------------------------------------------
 
 
 def test_every_epoch_visits_every_image_once_in_its_own_order():
@@ -71,7 +71,7 @@ def test_seeds_tell_places_apart():
     assert all(0 <= seed_for(*place) < 2**63 for place in places)
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
+# --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def make_checkpoint(folder, step, text="x"):
@@ -140,7 +140,7 @@ def test_checkpoints_are_found_and_pruned(tmp_path):
     assert list(manifest["files"]) == ["state/weights"]
 
 
-# --- averaging --------------------------------------------------------------------------------------------------------
+# --- averaging -------------------------------------------------------------------------------------------------------
 
 
 def test_ema_is_the_weighted_sum_of_the_weights():
@@ -163,7 +163,7 @@ def test_ema_is_the_weighted_sum_of_the_weights():
     assert ema_decay(10**9, **options) == 0.7
 
 
-# --- the loss of a batch ----------------------------------------------------------------------------------------------
+# --- the loss of a batch ---------------------------------------------------------------------------------------------
 
 
 def make_task(device=CPU, **values):
@@ -194,8 +194,8 @@ def test_times_are_stratified_over_the_global_batch_in_any_division():
 
 
 def test_the_elbo_of_a_network_that_knows_nothing_is_known():
-    # eps_hat = 0 has E|eps - eps_hat|^2 = D: in continuous time the loss is (log_snr_max - log_snr_min) / (2 ln 2) bits/dim,
-    # and in T steps T/2 expm1((log_snr_max - log_snr_min) / T) / ln 2
+    # eps_hat = 0 has E|eps - eps_hat|^2 = D: in continuous time the loss is (log_snr_max - log_snr_min) / (2 ln 2)
+    # bits/dim, and in T steps T/2 expm1((log_snr_max - log_snr_min) / T) / ln 2
     levels = torch.randint(0, 256, (64, 3, 16, 16), generator=torch.Generator().manual_seed(0))
     tolerance = 5 * math.sqrt(2 / levels.numel())
     for options, want in (
@@ -276,7 +276,7 @@ def test_flips_and_dropped_labels_belong_to_rows():
     assert torch.equal(kept[~dropped], labels[~dropped])
 
 
-# --- launching --------------------------------------------------------------------------------------------------------
+# --- launching -------------------------------------------------------------------------------------------------------
 
 
 def test_fewer_processes_than_asked_for_stop(monkeypatch):
@@ -317,7 +317,7 @@ def test_epochs_become_steps():
     assert steps(max_train_steps=None, num_epochs=3) == 29  # 3 x 1200 / 128, rounded up
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
+# --- pictures --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "L"), (3, "RGB"), (5, "RGB")])

@@ -567,7 +567,9 @@ def test_accelerate_launch(command_line, recipe, tmp_path):
 
 
 def test_a_flow_is_trained_evaluated_and_sampled_by_the_stock_scheduler(run, tmp_path, capsys):
-    """The straight path: the saved pipeline's scheduler is a VDMFlowScheduler, and Diffusers' own gives its samples."""
+    """The straight path: the saved pipeline's scheduler is a VDMFlowScheduler, and Diffusers' own gives its
+    samples.
+    """
     options = {"path": "flow", "prediction_type": "flow_prediction", "flow_shift": 2.0, "log_snr_table": "none"}
     assert run(tmp_path / "run", **options, max_train_steps=4, checkpointing_steps=4) == 0
     assert "schedule of a flow, shift 2" in capsys.readouterr().out

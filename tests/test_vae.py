@@ -1,4 +1,6 @@
-"""The variational autoencoder and the likelihoods that it brings: exact probabilities, its bound, Diffusers' interface."""
+"""The variational autoencoder and the likelihoods that it brings: exact probabilities, its bound, Diffusers'
+interface.
+"""
 
 import math
 
@@ -101,7 +103,7 @@ def test_refusals_of_the_likelihoods():
         bernoulli_log_likelihood(levels, mean[:, :2])
 
 
-# --- the model -------------------------------------------------------------------------------------------------------------
+# --- the model -------------------------------------------------------------------------------------------------------
 
 
 def make(likelihood="discretized_logistic", **config):
@@ -246,7 +248,9 @@ def test_refusals_of_the_model(config, message):
 
 
 def test_training_makes_the_bound_better_than_independent_pixels():
-    """Two kinds of images with noise: the latent must carry which, and the bound falls below what pixels alone allow."""
+    """Two kinds of images with noise: the latent must carry which, and the bound falls below what pixels alone
+    allow.
+    """
     torch.manual_seed(0)
     kind = torch.randint(2, (256,), generator=generator())
     pattern = torch.randint(2, (2, 1, 8, 8), generator=generator(5))

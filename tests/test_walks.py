@@ -1,4 +1,6 @@
-"""Walks over everything public: a senseless value is refused at once, by the name of its argument, before a network is asked anything."""
+"""Walks over everything public: a senseless value is refused at once, by the name of its argument, before a network
+is asked anything.
+"""
 
 import dataclasses
 import inspect

@@ -1,7 +1,7 @@
 """Clean processes with fresh caches, without paying the import of Diffusers each time.
 
-One interpreter imports torch, huggingface_hub and Diffusers, and nothing of this package; every piece of code then runs in a
-fork of it that nothing else has touched, with an empty folder where the environment said that the cache is.
+One interpreter imports torch, huggingface_hub and Diffusers, and nothing of this package; every piece of code then
+runs in a fork of it that nothing else has touched, with an empty folder where the environment said that the cache is.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The content server of the Hub's Xet storage, for `hub_double`: what `hf_xet` uploads and downloads, kept in memory.
 
-A file is cut into chunks, chunks are gathered in xorbs, and a shard says of which chunks a file consists. The client uploads
-xorbs and shards and asks for reconstructions; files that `HubDouble.put` was given are cut and stored here as the client would.
-The formats are those of the public specification (https://huggingface.co/docs/xet). Hashes of our own making are not BLAKE3:
-no client checks them.
+A file is cut into chunks, chunks are gathered in xorbs, and a shard says of which chunks a file consists. The client
+uploads xorbs and shards and asks for reconstructions; files that `HubDouble.put` was given are cut and stored here as
+the client would. The formats are those of the public specification (https://huggingface.co/docs/xet). Hashes of our
+own making are not BLAKE3: no client checks them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What training changed: the held-out bits/dim against the last evaluation and against the best one, with small errors."""
+"""What training changed: the held-out bits/dim against the last evaluation and against the best one, with small
+errors.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from vdm_diffusers import VDMPipeline, compare_likelihood
 class Changes:
     """The weights of earlier evaluations, and what the latest ones gained on them.
 
-    Both sets of weights see the same images, noise levels and noise: the difference is known a hundred times better than either figure.
+    Both sets of weights see the same images, noise levels and noise: the difference is known a hundred times better
+    than either figure.
 
     Attributes:
         num_samples: evaluations of each network for an image.
@@ -43,7 +46,8 @@ class Changes:
     def measure(
         self, averaged: nn.Module, pipeline_of: Callable[[Any], VDMPipeline], images: ImageSet
     ) -> dict[str, float]:
-        """`since_last`, `since_best` and their errors in bits/dim (negative: better), and whether these weights are the best so far.
+        """`since_last`, `since_best` and their errors in bits/dim (negative: better), and whether these weights are
+        the best so far.
 
         A gain on the best counts if it is larger than its error.
         """

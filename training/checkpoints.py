@@ -1,9 +1,9 @@
 """Checkpoints that are whole or absent.
 
-A folder is written under a temporary name, with a manifest of checksums as its last file; everything is flushed to the disk,
-and then one rename gives it its name. A process may be killed at any moment: what is called `checkpoint-N` is whole, and a
-reader verifies the manifest before it believes so (a disk may lose what a kill does not). Folders are pruned by first
-renaming them away, for the same reason.
+A folder is written under a temporary name, with a manifest of checksums as its last file; everything is flushed to the
+disk, and then one rename gives it its name. A process may be killed at any moment: what is called `checkpoint-N` is
+whole, and a reader verifies the manifest before it believes so (a disk may lose what a kill does not). Folders are
+pruned by first renaming them away, for the same reason.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from vdm_diffusers.manifest import MANIFEST as MANIFEST
 from vdm_diffusers.manifest import CheckpointError, verify, write_manifest
 
 _TEMPORARY = ".incomplete-"
@@ -78,14 +79,17 @@ def explained_failure(output_dir: Path) -> Iterator[None]:
     ) as error:  # torch and safetensors wrap the system's errors in their own
         kept = list_checkpoints(output_dir)
         raise SaveError(
-            f"the checkpoint could not be written: {error}. {shutil.disk_usage(output_dir).free / 1e6:.0f} MB are free in {output_dir}. "
+            f"the checkpoint could not be written: {error}. {shutil.disk_usage(output_dir).free / 1e6:.0f} MB are "
+            f"free in {output_dir}. "
             f"The last good checkpoint, {kept[-1].name if kept else 'none yet'}, is untouched: make room, or lower "
             "--checkpoints_total_limit, and go on with --resume_from_checkpoint latest."
         ) from error
 
 
 def required_bytes(bytes_of_one: int, num_saves: int, limit: int, num_present: int) -> int:
-    """Free bytes that a run's checkpoints will take: those kept and the one being written, less those that are there already."""
+    """Free bytes that a run's checkpoints will take: those kept and the one being written, less those that are there
+    already.
+    """
     kept = num_saves if limit == 0 else min(num_saves, limit + 1)
     return bytes_of_one * max(1, kept - (num_present if limit else 0))
 

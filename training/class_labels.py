@@ -13,7 +13,8 @@ from vdm_diffusers.models.labels import is_class_conditional, null_label, num_cl
 
 
 def check_labels(network: Any, train: ImageSet, evaluated: ImageSet, *, class_dropout: float) -> None:
-    """Make sure before the first step that the labels of both sets are ones that a class-conditional network will know.
+    """Make sure before the first step that the labels of both sets are ones that a class-conditional network will
+    know.
 
     Raises:
         DataError: labels beyond its classes, or images without one where it never learns what that means.
@@ -29,19 +30,22 @@ def check_labels(network: Any, train: ImageSet, evaluated: ImageSet, *, class_dr
     no_class = no_class_label(network, train)
     if train.num_unlabelled and no_class is None:
         raise DataError(
-            f"{train.num_unlabelled} training images have no class (label {UNLABELLED}), and the network has no label left for that: "
+            f"{train.num_unlabelled} training images have no class (label {UNLABELLED}), and the network has no label "
+            "left for that: "
             f"give it {(train.num_classes or 0) + 1} classes, or leave these images out."
         )
     learns = null_label(network) is not None and (class_dropout > 0 or train.num_unlabelled > 0)
     if evaluated.num_unlabelled and not learns:
         raise DataError(
-            f"{evaluated.num_unlabelled} of the images evaluated have no class (label {UNLABELLED}), and the network does not learn what "
+            f"{evaluated.num_unlabelled} of the images evaluated have no class (label {UNLABELLED}), and the network "
+            "does not learn what "
             "that means: give another --eval_split, or --class_dropout."
         )
 
 
 def labels_to_evaluate(network: Any, images: ImageSet, *, trained_without: bool | None = None) -> Tensor | None:
-    """The labels that a network is evaluated with, its own for "no class" where an image has none; None for one without classes.
+    """The labels that a network is evaluated with, its own for "no class" where an image has none; None for one
+    without classes.
 
     Arguments:
         trained_without: whether it was trained on images without a class too; None: that is not known, and believed.
@@ -58,7 +62,8 @@ def labels_to_evaluate(network: Any, images: ImageSet, *, trained_without: bool 
     null = null_label(network)
     if null is None or trained_without is False:
         raise DataError(
-            f"{int(without.sum())} of the images have no class, and the model, of {num_classes(network)} classes, was not trained without: "
+            f"{int(without.sum())} of the images have no class, and the model, of {num_classes(network)} classes, was "
+            "not trained without: "
             "name the column of their labels with --label_column, or take another split."
         )
     return torch.where(without, null, labels)
@@ -68,6 +73,7 @@ def _check_range(network: Any, images: ImageSet) -> None:
     classes = num_classes(network) or 0
     if images.labels is not None and len(images) and int(images.labels.max()) >= classes:
         raise DataError(
-            f"the network has {classes} classes, 0..{classes - 1}, and an image of {images.name} has label {int(images.labels.max())}: "
+            f"the network has {classes} classes, 0..{classes - 1}, and an image of {images.name} has label "
+            f"{int(images.labels.max())}: "
             "see --label_column."
         )

@@ -25,7 +25,9 @@ from vdm_diffusers.time_sampling import discretize, low_discrepancy, uniform
 
 @dataclass(frozen=True)
 class Rows:
-    """Where a micro-batch stands: rows first..first+count-1 of the `total` rows of an optimiser step's global batch."""
+    """Where a micro-batch stands: rows first..first+count-1 of the `total` rows of an optimiser step's global
+    batch.
+    """
 
     step: int
     first: int

@@ -1,4 +1,6 @@
-"""An exponential moving average of a network's weights, kept as a network of its own: ready to evaluate, sample and save."""
+"""An exponential moving average of a network's weights, kept as a network of its own: ready to evaluate, sample and
+save.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from torch import nn
 
 
 def ema_decay(step: int, *, inv_gamma: float, power: float, max_decay: float) -> float:
-    """The decay at optimiser step 1, 2, ...: 1 - (1 + (step - 1) / inv_gamma)^-power, at most max_decay; 0 at the first.
+    """The decay at optimiser step 1, 2, ...: 1 - (1 + (step - 1) / inv_gamma)^-power, at most max_decay; 0 at the
+    first.
 
     The warm-up of Diffusers' `EMAModel`, counted in optimiser steps.
     """
@@ -30,7 +33,9 @@ class EMA:
         self.follow(model)
 
     def follow(self, model: nn.Module) -> None:
-        """Average the weights of `model` from here on: where they are divided among processes, each averages its share."""
+        """Average the weights of `model` from here on: where they are divided among processes, each averages its
+        share.
+        """
         self._averages = [local(parameter) for parameter in self.model.parameters()]
         self._weights = [local(parameter) for parameter in model.parameters()]
         self._copies = list(zip(self.model.buffers(), model.buffers(), strict=True))

@@ -5,9 +5,9 @@
     python training/evaluate.py --checkpoint outputs/cifar10/checkpoint-50000 --split test --num_samples 64
     python training/evaluate.py --checkpoint google/ddpm-cifar10-32 --dataset_name uoft-cs/cifar10 --split test
 
-The data are those that the model was trained on, as written beside it by train.py, unless --dataset_name or --train_data_dir
-names others. The last line is the result: `held-out bits/dim: X +- Y`, where Y combines the error of the estimate for these images
-with that of the sample of images.
+The data are those that the model was trained on, as written beside it by train.py, unless --dataset_name or
+--train_data_dir names others. The last line is the result: `held-out bits/dim: X +- Y`, where Y combines the error of
+the estimate for these images with that of the sample of images.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def evaluate(
     """Evaluate, write the results, and return what was written to evaluation.json.
 
     Arguments:
-        fid_feature: with --fid, the network whose features are compared, (N, 3, H, W) uint8 -> (N, features); None: FID's Inception.
+        fid_feature: with --fid, the network whose features are compared, (N, 3, H, W) uint8 -> (N, features); None:
+            FID's Inception.
     """
     feature = None
     if args.fid:  # what is missing is said before anything is computed
@@ -89,7 +90,8 @@ def evaluate(
     chain = ancestral(pipeline)
     if chain is not pipeline and (lengths or args.method in ("discrete", "importance_weighted")):
         print(
-            "bounds of a chain are those of ancestral sampling (stochasticity 1); samples are drawn with stochasticity "
+            "bounds of a chain are those of ancestral sampling (stochasticity 1); samples are drawn with "
+            "stochasticity "
             f"{pipeline.scheduler.config.stochasticity}"
         )
     result = bits_per_dim(
@@ -224,7 +226,8 @@ def difference(args: EvaluateArguments, pipeline: VDMPipeline, images: ImageSet)
 
 
 def results_folder(args: EvaluateArguments) -> Path:
-    """Where the results go, made and tried before any work: beside a local checkpoint, in evaluation/owner--name for one of the Hub.
+    """Where the results go, made and tried before any work: beside a local checkpoint, in evaluation/owner--name for
+    one of the Hub.
 
     Raises:
         CheckpointError: nothing can be written there; or no such checkpoint.
@@ -258,7 +261,8 @@ def figure_line(result: dict[str, Any]) -> str:
 def evaluate_latent(
     args: EvaluateArguments, data: DataArguments, model: LatentModel, images: ImageSet, output_dir: Path
 ) -> dict[str, Any]:
-    """`evaluate` for a model with a learned encoder: the same report, and for a VAE the bound of --num_samples samples.
+    """`evaluate` for a model with a learned encoder: the same report, and for a VAE the bound of --num_samples
+    samples.
 
     Raises:
         ValueError: for what only diffusion models have.
@@ -360,7 +364,8 @@ def chain_lengths(args: EvaluateArguments) -> list[int]:
 
 
 def ancestral(pipeline: VDMPipeline) -> VDMPipeline:
-    """The same network with the chain of ancestral sampling, whose bound is meant where the sampler adds more or less noise.
+    """The same network with the chain of ancestral sampling, whose bound is meant where the sampler adds more or less
+    noise.
 
     A deterministic sampler has no finite bound and is left as it is: evaluate_likelihood refuses it.
     """

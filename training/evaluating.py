@@ -1,4 +1,7 @@
-"""What is looked at while and after training: bits/dim by term, loss against log SNR, samples. Shared by both scripts."""
+"""What is looked at while and after training: bits/dim by term, loss against log SNR, samples.
+
+Shared by both scripts.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +49,9 @@ def bits_per_dim(
     Arguments:
         options: further arguments of evaluate_likelihood.
     Returns:
-        bits_per_dim, standard_error (of the estimate for these images), sampling_error (between images), prior, diffusion,
-        reconstruction (bits/dim, where the method has them), num_images, method, num_model_evaluations, settings, and
-        per_image: nats and terms of each image, in nats and in the images' order.
+        bits_per_dim, standard_error (of the estimate for these images), sampling_error (between images), prior,
+        diffusion, reconstruction (bits/dim, where the method has them), num_images, method, num_model_evaluations,
+        settings, and per_image: nats and terms of each image, in nats and in the images' order.
     """
     mine = torch.arange(process_index, len(images), num_processes)
     report = None
@@ -126,7 +129,8 @@ def loss_by_log_snr(
     Its integral over log SNR is the diffusion term in continuous time (VDM equation 18), whatever the schedule.
 
     Returns:
-        One entry for each point: log_snr, mse (mean |eps - eps_hat|^2 per dimension), bits_per_dim_per_log_snr, standard_error.
+        One entry for each point: log_snr, mse (mean |eps - eps_hat|^2 per dimension), bits_per_dim_per_log_snr,
+            standard_error.
     """
     chosen = torch.randperm(len(images), generator=generator_for(seed, "profile"))[:max_images]
     scheduler, config, device = pipeline.scheduler, pipeline.config, pipeline.device
@@ -193,7 +197,9 @@ def draw_samples(
 
 
 def histogram_bits_per_dim(train: ImageSet, test: ImageSet) -> float:
-    """The baseline that a model must beat: each pixel an independent histogram of the training images (plus one count)."""
+    """The baseline that a model must beat: each pixel an independent histogram of the training images (plus one
+    count).
+    """
     if train.images.shape[1:] != test.images.shape[1:] or train.num_levels != test.num_levels:
         raise ValueError("training and test images must have the same size and number of levels.")
     total = 0.0
@@ -212,10 +218,12 @@ def analytic_bits_per_dim(
     num_samples: int = 8,
     progress_bar: bool = False,
 ) -> dict[str, dict[str, float]]:
-    """Two bounds that need no training, of the first `num_images` test images: what a network's figure should be compared with.
+    """Two bounds that need no training, of the first `num_images` test images: what a network's figure should be
+    compared with.
 
-    `wiener`: the linear denoiser of Gaussian data with the training images' mean and covariance. `wiener_and_levels`: that denoiser, told
-    how frequent each level of a pixel is (`models.analytic_start`). Each is a dict of bits_per_dim and standard_error.
+    `wiener`: the linear denoiser of Gaussian data with the training images' mean and covariance. `wiener_and_levels`:
+    that denoiser, told how frequent each level of a pixel is (`models.analytic_start`). Each is a dict of bits_per_dim
+    and standard_error.
     """
     encoding: Any = "bin_center"
     # VDM's ends for 256 levels; of fewer, which lie further apart, the noise of z_0 hides as little

@@ -15,7 +15,9 @@ TERMS = ("prior", "diffusion", "reconstruction")
 
 
 def write_per_image(path: Path, result: dict[str, Any], images: ImageSet) -> None:
-    """A parquet file with one row for each image in the split's order: index, bits_per_dim, and its terms in bits/dim."""
+    """A parquet file with one row for each image in the split's order: index, bits_per_dim, and its terms in
+    bits/dim.
+    """
     import pyarrow
     import pyarrow.parquet
 

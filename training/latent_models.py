@@ -1,8 +1,8 @@
 """`--model vae`, `hvae` and `latent_vdm`: what `train.py` does otherwise for models with a learned encoder.
 
-A VAE with a diffusion prior is trained in up to three stages (`--latent_stages`, shares of the optimiser steps): the VAE by its own bound,
-the prior on the latents of the VAE as it then is, and both by the joint bound, the encoder through the prior's. `0 0 1` is end to end
-from the start, `0 1 0` the prior of a given `--vae`.
+A VAE with a diffusion prior is trained in up to three stages (`--latent_stages`, shares of the optimiser steps): the
+VAE by its own bound, the prior on the latents of the VAE as it then is, and both by the joint bound, the encoder
+through the prior's. `0 0 1` is end to end from the start, `0 1 0` the prior of a given `--vae`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ class BoundModel(nn.Module):
         return (self.vae if stage == "vae" else self.published).bound(levels, generator=generator).nats
 
     def begin_prior(self, levels: Tensor, average: BoundModel | None) -> None:
-        """Before the prior's first step: take over the averaged VAE, and fix the scales that it does not bring along."""
+        """Before the prior's first step: take over the averaged VAE, and fix the scales that it does not bring
+        along.
+        """
         if average is not None:  # at the first step of a run they are the same
             self.vae.load_state_dict(average.vae.state_dict())
         levels = levels[:_IMAGES_TO_FIT].long()
@@ -135,7 +137,9 @@ def _in_full(module: nn.Module, arguments: Any, output: Any) -> Any:
 
 
 class Stage(NamedTuple):
-    """Optimiser steps first..end-1, in which `name` says whose bound is lowered; rate: a factor of the learning rate."""
+    """Optimiser steps first..end-1, in which `name` says whose bound is lowered; rate: a factor of the learning
+    rate.
+    """
 
     name: str
     first: int
@@ -155,7 +159,8 @@ def make_stages(args: Arguments, num_steps: int) -> list[Stage]:
 
 
 def make_latent_model(args: Arguments, images: ImageSet, num_levels: int) -> BoundModel:
-    """A freshly initialised VAE, hierarchical VAE, or VAE (a given one, with `--vae`) with a prior, that fits the images.
+    """A freshly initialised VAE, hierarchical VAE, or VAE (a given one, with `--vae`) with a prior, that fits the
+    images.
 
     Raises:
         DataError: a VAE of other images.
@@ -199,7 +204,8 @@ def make_latent_model(args: Arguments, images: ImageSet, num_levels: int) -> Bou
 
 
 def load_vae(source: str, images: ImageSet, num_levels: int) -> ModelMixin:
-    """A `VariationalAutoencoder` or Diffusers' `AutoencoderKL`, from its folder or repository, or from a pipeline's folder.
+    """A `VariationalAutoencoder` or Diffusers' `AutoencoderKL`, from its folder or repository, or from a pipeline's
+    folder.
 
     Raises:
         DataError: it is neither, or of other images.
@@ -212,7 +218,8 @@ def load_vae(source: str, images: ImageSet, num_levels: int) -> ModelMixin:
     channels, levels = config["in_channels"], config.get("num_levels", num_levels)
     if (channels, levels) != (images.images.shape[1], num_levels):
         raise DataError(
-            f"--vae {source} is of images of {channels} channel(s) and {levels} levels; these have {images.images.shape[1]} and {num_levels}."
+            f"--vae {source} is of images of {channels} channel(s) and {levels} levels; these have "
+            f"{images.images.shape[1]} and {num_levels}."
         )
     return kind.from_pretrained(source, subfolder=subfolder, use_safetensors=True)
 
@@ -223,7 +230,9 @@ def load_saved(kind: str, folder: Path) -> BoundModel:
 
 
 class LatentTask:
-    """The bound of integer images, in bits/dim, as `DiffusionTask` gives its loss; noise is a function of (seed, step, row)."""
+    """The bound of integer images, in bits/dim, as `DiffusionTask` gives its loss; noise is a function of (seed,
+    step, row).
+    """
 
     discrete = False
 
@@ -245,13 +254,15 @@ class LatentTask:
         return Losses(nats / (levels[0].numel() * math.log(2)), times=None)
 
 
-# --- looking at it ----------------------------------------------------------------------------------------------------
+# --- looking at it ---------------------------------------------------------------------------------------------------
 
 
 def latent_report(
     model: LatentModel, levels: Tensor, *, seed: int, num_samples: int, batch_size: int, importance_samples: int = 1
 ) -> LikelihoodReport:
-    """The bound of integer images in `num_samples` passes; with `importance_samples` above 1 a VAE's bound of so many samples."""
+    """The bound of integer images in `num_samples` passes; with `importance_samples` above 1 a VAE's bound of so many
+    samples.
+    """
     device = next((model.vae if isinstance(model, LatentVDMPipeline) else model).parameters()).device
     tighter = {}
     if importance_samples > 1:
@@ -286,7 +297,9 @@ def latent_bits_per_dim(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> dict[str, Any]:
-    """Bits/dim of `images`, with the entries of `evaluating.bits_per_dim`; the images are shared out among the processes."""
+    """Bits/dim of `images`, with the entries of `evaluating.bits_per_dim`; the images are shared out among the
+    processes.
+    """
     mine = torch.arange(process_index, len(images), num_processes)
     report = None
     if len(mine):
@@ -311,8 +324,8 @@ def latent_samples(
 
 
 def latent_pictures(model: LatentModel, levels: Tensor, *, seed: int) -> dict[str, tuple[Tensor, int]]:
-    """Integer images in rows, as name -> (images, columns): `reconstructions` below what they are of; `traversal`, one latent of a VAE
-    changed in each row; `interpolations` of a diffusion prior's."""
+    """Integer images in rows, as name -> (images, columns): `reconstructions` below what they are of; `traversal`, one
+    latent of a VAE changed in each row; `interpolations` of a diffusion prior's."""
     levels = levels[:16].long()
     count = min(8, len(levels))
     if isinstance(model, LatentVDMPipeline):

@@ -86,12 +86,16 @@ def _with_analytic_start(network: ModelMixin, args: Arguments, images: ImageSet)
 
 
 def octaves(num_levels: int) -> list[float]:
-    """1, 2, ..., log2 of the number of levels, rounded up: from the whole range of pixels down to the distance of two levels."""
+    """1, 2, ..., log2 of the number of levels, rounded up: from the whole range of pixels down to the distance of two
+    levels.
+    """
     return [float(n) for n in range(1, max(1, math.ceil(math.log2(num_levels))) + 1)]
 
 
 def no_class_label(network: ModelMixin, images: ImageSet) -> int | None:
-    """The label that means "no class" while training: the network's own, or its last one if no image has it; else None."""
+    """The label that means "no class" while training: the network's own, or its last one if no image has it; else
+    None.
+    """
     own, classes = null_label(network), num_classes(network)
     return own if own is not None or classes is None or classes <= (images.num_classes or 0) else classes - 1
 
@@ -99,8 +103,9 @@ def no_class_label(network: ModelMixin, images: ImageSet) -> int | None:
 def compile_network(network: nn.Module, device: torch.device, num_pixels: int) -> None:
     """torch.compile, in place.
 
-    On a CPU PyTorch's fused attention takes longer than what the compiler makes of matrix products and a softmax (in bf16; in float32
-    as long). These keep the matrix of N x N weights for N pixels, so small images alone get them. The weights and the function are the same.
+    On a CPU PyTorch's fused attention takes longer than what the compiler makes of matrix products and a softmax (in
+    bf16; in float32 as long). These keep the matrix of N x N weights for N pixels, so small images alone get them. The
+    weights and the function are the same.
     """
     if device.type == "cpu" and num_pixels <= 32 * 32:
         for module in network.modules():
@@ -176,7 +181,8 @@ def _from_config(source: str, args: Arguments, images: ImageSet, *, weights: boo
         ),
         (
             args.model.class_dropout > 0 and no_class_label(network, images) is None,
-            f"has no label left for 'no class', which --class_dropout needs: give it {(images.num_classes or 0) + 1} classes",
+            "has no label left for 'no class', which --class_dropout needs: give it "
+            f"{(images.num_classes or 0) + 1} classes",
         ),
     ]
     found = [text for wrong, text in problems if wrong]

@@ -16,8 +16,8 @@ MIN_MATRIX_SIDE = 16  # below it a matrix has too few directions to be worth bal
 class FusedAdamW(torch.optim.AdamW):
     """AdamW in one kernel, with the lists of its tensors made once.
 
-    The steps and states of `torch.optim.AdamW(fused=True)`, bit for bit. That one collects and sorts weights, gradients and states at
-    every step: for a network of a hundred small weights several times the kernel's work.
+    The steps and states of `torch.optim.AdamW(fused=True)`, bit for bit. That one collects and sorts weights,
+    gradients and states at every step: for a network of a hundred small weights several times the kernel's work.
     """
 
     def __init__(
@@ -34,7 +34,9 @@ class FusedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Any:  # type: ignore[override]
-        """One step; PyTorch's own where not all weights have a gradient, are divided, or float16's scaling takes part."""
+        """One step; PyTorch's own where not all weights have a gradient, are divided, or float16's scaling takes
+        part.
+        """
         group = self.param_groups[0]
         gradients = [parameter.grad for parameter in group["params"]]
         plain = closure is None and all(gradient is not None for gradient in gradients)
@@ -75,17 +77,19 @@ def _alike(tensors: list[nn.Parameter]) -> bool:
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon on the convolutions' kernels and the attention's matrices, AdamW on what embeds, normalises, shifts and puts out.
+    """Muon on the convolutions' kernels and the attention's matrices, AdamW on what embeds, normalises, shifts and
+    puts out.
 
-    Muon replaces the momentum of a matrix by (nearly) the nearest orthogonal one, so that every direction learns at the same
-    pace. A kernel (out, in, h, w) counts as a matrix (out, in h w). Its step is scaled to AdamW's root mean square, 0.2
-    sqrt(max(out, in h w)), so that one learning rate and one weight decay serve both. Matrices of one shape are stacked:
-    `torch.optim.Muon`, which takes the same steps, needs three times as long for a network of many small ones.
+    Muon replaces the momentum of a matrix by (nearly) the nearest orthogonal one, so that every direction learns at
+    the same pace. A kernel (out, in, h, w) counts as a matrix (out, in h w). Its step is scaled to AdamW's root mean
+    square, 0.2 sqrt(max(out, in h w)), so that one learning rate and one weight decay serve both. Matrices of one
+    shape are stacked: `torch.optim.Muon`, which takes the same steps, needs three times as long for a network of many
+    small ones.
 
     Raises:
         ValueError: a network without a matrix that is large enough.
-    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; Liu et al. 2025, "Muon is scalable
-        for LLM training", equation 4 (the scale).
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; Liu et al. 2025, "Muon is
+        scalable for LLM training", equation 4 (the scale).
     """
 
     def __init__(
@@ -163,9 +167,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor, num_steps: int = 5) -> Tensor:
-    """(n, rows, columns) -> the matrices with their singular values moved to about 1, by a quintic Newton-Schulz iteration.
+    """(n, rows, columns) -> the matrices with their singular values moved to about 1, by a quintic Newton-Schulz
+    iteration.
 
-    X <- a X + (b X X^T + c (X X^T)^2) X from X / |X|. The coefficients are Jordan's: steepest at 0, not exact at 1 (0.7 to 1.2).
+    X <- a X + (b X X^T + c (X X^T)^2) X from X / |X|. The coefficients are Jordan's: steepest at 0, not exact at 1
+    (0.7 to 1.2).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     # half the bits suffice where they are twice as fast
@@ -203,7 +209,10 @@ def _adamw(fused: bool) -> type[torch.optim.AdamW]:
 
 @torch.no_grad()
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """Scale gradients to a norm of at most `limit`; returns the norm before. `torch.nn.utils.clip_grad_norm_` without its sorting."""
+    """Scale gradients to a norm of at most `limit`; returns the norm before.
+
+    `torch.nn.utils.clip_grad_norm_` without its sorting.
+    """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))

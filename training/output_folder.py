@@ -1,4 +1,6 @@
-"""The folder of a run: one run at a time, nothing removed that a run of ours did not write, abandoned checkpoints set aside."""
+"""The folder of a run: one run at a time, nothing removed that a run of ours did not write, abandoned checkpoints set
+aside.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ class FolderError(RuntimeError):
 
 
 class RunLock:
-    """Holds a folder for one run: a file that names the holder's machine and process, and is touched while the run lives.
+    """Holds a folder for one run: a file that names the holder's machine and process, and is touched while the run
+    lives.
 
     A lock whose process is gone, or which another machine has not touched for a minute, is taken over.
     """
@@ -40,7 +43,8 @@ class RunLock:
         holder = self._holder()
         if holder is not None:
             raise FolderError(
-                f"--output_dir {self.path.parent} is in use by process {holder['pid']} on {holder['host']}, which trains there. Give "
+                f"--output_dir {self.path.parent} is in use by process {holder['pid']} on {holder['host']}, which "
+                "trains there. Give "
                 f"another folder, or wait. (If that process is none of yours, remove {self.path}.)"
             )
         write_text(self.path, json.dumps(_this_process()))
@@ -106,13 +110,15 @@ def check_output_dir(output_dir: Path, own_files: Sequence[str], *, resume: bool
         return
     if not overwrite:
         raise FolderError(
-            f"--output_dir {output_dir} is not empty. Give another one, --resume_from_checkpoint latest to go on with the run in it, "
+            f"--output_dir {output_dir} is not empty. Give another one, --resume_from_checkpoint latest to go on with "
+            "the run in it, "
             "or --overwrite_output_dir to start anew."
         )
     taken = [] if is_ours(output_dir) else [name for name in own_files if (output_dir / name).exists()]
     if taken:
         raise FolderError(
-            f"--overwrite_output_dir: {output_dir} holds {taken[0]}, but no run of this script (there is no {ARGUMENTS_FILE} in it), so "
+            f"--overwrite_output_dir: {output_dir} holds {taken[0]}, but no run of this script (there is no "
+            f"{ARGUMENTS_FILE} in it), so "
             "nothing of it is removed. Give another folder, or empty this one."
         )
 
@@ -140,8 +146,8 @@ def start_anew(output_dir: Path, own_files: Sequence[str], logging_dir: str) -> 
 def set_aside(output_dir: Path, resumed: Path | None) -> list[str]:
     """Rename the checkpoints that the run does not go on from; returns what is to be said of it.
 
-    These are the later ones of the branch that is left, and those that are damaged or were never whole: under their names they would be
-    resumed by "latest" and crowd out fresh ones. Nothing is removed.
+    These are the later ones of the branch that is left, and those that are damaged or were never whole: under their
+    names they would be resumed by "latest" and crowd out fresh ones. Nothing is removed.
     """
     step = -1 if resumed is None else step_of(resumed)
     own = resumed is not None and resumed.resolve().parent == output_dir.resolve()

@@ -33,7 +33,9 @@ def plot_loss_by_log_snr(points: list[dict[str, float]], path: Path, *, title: s
 
 
 def plot_training(entries: list[dict], path: Path, *, title: str, weighs_by_elbo: bool) -> None:
-    """The course of a run, from the entries of metrics.jsonl: bits/dim held out with error bars, and the loss if it is in bits/dim."""
+    """The course of a run, from the entries of metrics.jsonl: bits/dim held out with error bars, and the loss if it
+    is in bits/dim.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -37,4 +37,7 @@ def slow_bf16(precision: str, device: torch.device) -> str | None:
     """A warning where bf16 was asked of a CPU that has no units for it."""
     if precision != "bf16" or device.type != "cpu" or not _CPU_INFO.is_file() or fast_in_bf16(device):
         return None
-    return "warning: this CPU has no units for bf16, which takes some ten times as long as float32 here: --mixed_precision auto"
+    return (
+        "warning: this CPU has no units for bf16, which takes some ten times as long as float32 here: "
+        "--mixed_precision auto"
+    )

@@ -1,9 +1,9 @@
 """Randomness as a function of where a number is used, not of what was drawn before.
 
-Every random number of a training run is drawn from a generator seeded with the run's seed and the place of its use: (seed,
-"noise", step, rows), (seed, "order", epoch). A resumed run is therefore the same run without any generator's state being
-saved, evaluations and samples in between disturb nothing, and a global batch has the same images, times and noise however it
-is divided into processes and micro-batches.
+Every random number of a training run is drawn from a generator seeded with the run's seed and the place of its use:
+(seed, "noise", step, rows), (seed, "order", epoch). A resumed run is therefore the same run without any generator's
+state being saved, evaluations and samples in between disturb nothing, and a global batch has the same images, times
+and noise however it is divided into processes and micro-batches.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ def generator_for(*place: int | str, device: torch.device | str = "cpu") -> torc
 def row_noise(
     shape: tuple[int, ...], seed: int, step: int, first_row: int, generator: torch.Generator, device: torch.device
 ) -> Tensor:
-    """Standard normal noise for rows first_row.. of the global batch of an optimiser step: float32 of `shape`, on `device`.
+    """Standard normal noise for rows first_row.. of the global batch of an optimiser step: float32 of `shape`, on
+    `device`.
 
-    Rows are drawn in blocks with seeds of their own, so that a row's noise depends on its place in the global batch alone (for
-    batches of any process that are multiples of 8, or else for equal batches).
+    Rows are drawn in blocks with seeds of their own, so that a row's noise depends on its place in the global batch
+    alone (for batches of any process that are multiples of 8, or else for equal batches).
     """
     block = math.gcd(_BLOCK, shape[0])
     noise = torch.empty(shape, device=device)

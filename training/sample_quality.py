@@ -24,11 +24,14 @@ class SampleQuality:
     """Distances of samples from images in a network's features.
 
     Attributes:
-        fid: Frechet distance of the features' Gaussians. Biased upwards with few images: compare figures of equal numbers.
-        kid: mean over subsets of the squared maximum mean discrepancy with a cubic kernel; unbiased. kid_deviation: over the subsets.
+        fid: Frechet distance of the features' Gaussians. Biased upwards with few images: compare figures of equal
+            numbers.
+        kid: mean over subsets of the squared maximum mean discrepancy with a cubic kernel; unbiased. kid_deviation:
+            over the subsets.
         num_images: images, and as many samples.
 
-    Source: Heusel et al. 2017, "GANs trained by a two time-scale update rule"; Binkowski et al. 2018, "Demystifying MMD GANs".
+    Source: Heusel et al. 2017, "GANs trained by a two time-scale update rule"; Binkowski et al. 2018, "Demystifying
+    MMD GANs".
     """
 
     fid: float
@@ -48,7 +51,8 @@ def inception(weights: str | None = None) -> nn.Module:
     path = Path(weights) if weights is not None else Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
     if not path.is_file():
         raise SampleQualityError(
-            f"--fid needs the weights of FID's Inception network, and {path} does not exist. Get {WEIGHTS_FILE} from the releases of "
+            f"--fid needs the weights of FID's Inception network, and {path} does not exist. Get {WEIGHTS_FILE} from "
+            "the releases of "
             "torch-fidelity on GitHub, and put it there or name it with --fid_weights."
         )
     _require_torchmetrics()
@@ -82,7 +86,8 @@ def sample_quality(
     """FID and KID of samples against as many images.
 
     Arguments:
-        images, samples: (N, C, H, W) levels 0..num_levels-1, one or three channels; brought to 256 levels and three channels.
+        images, samples: (N, C, H, W) levels 0..num_levels-1, one or three channels; brought to 256 levels and three
+            channels.
         feature: a network (N, 3, H, W) uint8 -> (N, features): `inception()`, or another one.
         seed: of KID's subsets.
     Raises:

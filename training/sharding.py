@@ -1,9 +1,10 @@
 """Weights, gradients, optimiser states and the average divided among the processes: FSDP2, or ZeRO-3 by another name.
 
-Accelerate's configuration says whether and how (training/accelerate_configs/fsdp.yaml); the dividing is PyTorch's `fully_shard`, here
-and not by `Accelerator.prepare`, so that one code runs on GPUs and, where the tests are, on CPUs. Weights stay in float32 and
-autocast does the rest, as without dividing: the run is the same run. What is saved, evaluated and sampled is gathered: a checkpoint
-does not say how many processes wrote it, nor whether they shared the weights.
+Accelerate's configuration says whether and how (training/accelerate_configs/fsdp.yaml); the dividing is PyTorch's
+`fully_shard`, here and not by `Accelerator.prepare`, so that one code runs on GPUs and, where the tests are, on CPUs.
+Weights stay in float32 and autocast does the rest, as without dividing: the run is the same run. What is saved,
+evaluated and sampled is gathered: a checkpoint does not say how many processes wrote it, nor whether they shared the
+weights.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Sharding:
     """What is asked for.
 
     Attributes:
-        reshard_after_forward: free a unit's gathered weights after its forward pass and gather them again for the backward pass
-            (ZeRO-3); else keep them until then (ZeRO-2's memory and communication).
+        reshard_after_forward: free a unit's gathered weights after its forward pass and gather them again for the
+            backward pass (ZeRO-3); else keep them until then (ZeRO-2's memory and communication).
         min_num_params: weights of a unit that is gathered at once, at least.
         class_names: of the modules that are units, instead.
         gradient_checkpointing: compute activations again in the backward pass.
@@ -78,7 +79,8 @@ def requested_sharding(accelerator: Accelerator) -> Sharding | None:
 def shard(network: nn.Module, sharding: Sharding, device: torch.device, *, compile: bool = False) -> None:
     """Divide the weights of `network` among all processes, in place; its class becomes a subclass.
 
-    Units are found from the innermost modules outwards. With `compile` each is compiled by itself: between them lies the gathering.
+    Units are found from the innermost modules outwards. With `compile` each is compiled by itself: between them lies
+    the gathering.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for module in _units(network, sharding):
@@ -111,7 +113,9 @@ def _units(network: nn.Module, sharding: Sharding) -> list[nn.Module]:
 
 
 def in_precision(network: nn.Module, accelerator: Accelerator) -> Callable[..., Any]:
-    """The network's call under the run's autocast, its result in float32: what `Accelerator.prepare` does to others."""
+    """The network's call under the run's autocast, its result in float32: what `Accelerator.prepare` does to
+    others.
+    """
 
     def call(*inputs: Any, **named: Any) -> Any:
         with accelerator.autocast():
@@ -166,7 +170,9 @@ def load_gathered_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, A
 
 @torch.no_grad()
 def clip_divided_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """Scale divided gradients to a norm of at most `limit`; returns the norm before, of all processes' shares together."""
+    """Scale divided gradients to a norm of at most `limit`; returns the norm before, of all processes' shares
+    together.
+    """
     gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     squared = torch.nn.utils.get_total_norm(gradients).square()
     dist.all_reduce(squared)

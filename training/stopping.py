@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 
 STOP_INTERVAL = 10  # optimiser steps between the processes' agreements on whether to stop
-# what a terminal, a batch system and a lost connection send; Slurm announces the end of the time with SIGUSR1 (--signal)
+# what a terminal, a batch system and a lost connection send; Slurm announces the end of the time with SIGUSR1
+# (--signal)
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 

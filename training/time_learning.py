@@ -1,4 +1,7 @@
-"""What a run learns about time itself: a noise schedule, or a density of times. Neither, with the default arguments."""
+"""What a run learns about time itself: a noise schedule, or a density of times.
+
+Neither, with the default arguments.
+"""
 
 from __future__ import annotations
 

@@ -5,11 +5,12 @@
     accelerate launch training/train.py --config recipe.yaml       # any data, any number of processes
     python training/train.py --help
 
-One optimiser step sees a global batch of train_batch_size x processes x gradient_accumulation_steps images. Its images, times
-and noise are functions of (seed, step) alone (see randomness.py): a run that was killed and resumed is the run that was not.
+One optimiser step sees a global batch of train_batch_size x processes x gradient_accumulation_steps images. Its
+images, times and noise are functions of (seed, step) alone (see randomness.py): a run that was killed and resumed is
+the run that was not.
 
-Exit codes: 0 done; 2 bad arguments or data; 128 + n stopped by signal n (SIGTERM 143, SIGINT 130, SIGHUP 129, SIGUSR1) with its state
-saved; 1 anything else. (torchrun reports every one of them but 0 as its own 1.)
+Exit codes: 0 done; 2 bad arguments or data; 128 + n stopped by signal n (SIGTERM 143, SIGINT 130, SIGHUP 129, SIGUSR1)
+with its state saved; 1 anything else. (torchrun reports every one of them but 0 as its own 1.)
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ class SetupError(RuntimeError):
     """The run cannot start as asked; the message says what to do."""
 
 
-# --- before the first step --------------------------------------------------------------------------------------------
+# --- before the first step -------------------------------------------------------------------------------------------
 
 
 def check_launch(accelerator: Accelerator) -> None:
@@ -171,7 +172,8 @@ def check_launch(accelerator: Accelerator) -> None:
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted > accelerator.num_processes:
         raise SetupError(
-            f"the launcher's WORLD_SIZE is {wanted}, but {accelerator.num_processes} process(es) found each other. On CPUs start "
+            f"the launcher's WORLD_SIZE is {wanted}, but {accelerator.num_processes} process(es) found each other. On "
+            "CPUs start "
             f"`ACCELERATE_USE_CPU=true torchrun --nproc_per_node {wanted} training/train.py`."
         )
     if accelerator.distributed_type == DistributedType.MEGATRON_LM:
@@ -183,7 +185,8 @@ def check_launch(accelerator: Accelerator) -> None:
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         raise SetupError(
             "`accelerate launch` was asked for several processes and started one. On CPUs write "
-            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N training/train.py`, or use torchrun."
+            "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N training/train.py`, or use "
+            "torchrun."
         )
 
 
@@ -293,15 +296,15 @@ def num_train_steps(args: Arguments, num_images: int, global_batch: int) -> int:
     return math.ceil(args.optimization.num_epochs * num_images / global_batch)
 
 
-# --- the pieces of a run ----------------------------------------------------------------------------------------------
+# --- the pieces of a run ---------------------------------------------------------------------------------------------
 
 
 class Batches:
     """Integer images by their place in the training stream, on the device or on their way to it.
 
-    Where a GPU's images lie in the host's memory, a thread copies the next batch to pinned memory while this one is trained on: it is
-    the one that lies as far on as this one lay from the last. On a CPU, where gathering takes a twentieth of a millisecond, it would
-    take a core from the training.
+    Where a GPU's images lie in the host's memory, a thread copies the next batch to pinned memory while this one is
+    trained on: it is the one that lies as far on as this one lay from the last. On a CPU, where gathering takes a
+    twentieth of a millisecond, it would take a core from the training.
     """
 
     def __init__(self, images: ImageSet, order: DataOrder, device: torch.device) -> None:
@@ -382,7 +385,9 @@ class Meter:
         self._losses, self._norms = [], []
 
     def read(self, accelerator: Accelerator) -> dict[str, float]:
-        """The means over all ranks and micro-batches since the last reading, none if all were skipped; waits for the device."""
+        """The means over all ranks and micro-batches since the last reading, none if all were skipped; waits for the
+        device.
+        """
         self._sum_up()
         values = accelerator.reduce(self.sums, "sum").tolist()
         self.sums.zero_()
@@ -418,7 +423,8 @@ class Log:
                     f"--logger {args.run.logger} needs its package: pip install {args.run.logger}, or --logger none."
                 )
             options = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in args.flat().items()}
-            # a resumed run goes on in its line: what TensorBoard has after the checkpoint goes, W&B knows the folder by its number
+            # a resumed run goes on in its line: what TensorBoard has after the checkpoint goes, W&B knows the folder
+            # by its number
             folder = hashlib.blake2b(str(output_dir.resolve()).encode(), digest_size=6).hexdigest()
             of_tracker = {
                 "trackio": {"name": output_dir.name, "resume": "allow" if step else "never"},
@@ -479,7 +485,7 @@ def _whole_entry(line: str) -> bool:
         return False
 
 
-# --- the run ----------------------------------------------------------------------------------------------------------
+# --- the run ---------------------------------------------------------------------------------------------------------
 
 
 class Training:
@@ -616,7 +622,8 @@ class Training:
                 in_precision(self.network, accelerator),
                 accelerator.prepare_optimizer(optimizer),
             )
-        # Accelerate's wrapper looks for an optional package on the disk at every step: needed for float16's scaling alone
+        # Accelerate's wrapper looks for an optional package on the disk at every step: needed for float16's scaling
+        # alone
         self.take_step = optimizer.step if accelerator.scaler is None else self.optimizer.step
         self.parameters = list(self.network.parameters())  # walking the modules at each step would cost a millisecond
         if resume_from is not None:
@@ -629,7 +636,8 @@ class Training:
         self.copied: ModelMixin | None = None  # on the CPU, of the averaged network, for the background writer
         if accelerator.is_main_process:
             self.check_disk()
-        # The schedule is used as a function of the optimiser step: nothing to save, nothing that could count otherwise.
+        # The schedule is used as a function of the optimiser step: nothing to save, nothing that could count
+        # otherwise.
         self.stages = make_stages(args, self.num_steps)
         self.learning_rate_factors = {
             stage: get_scheduler(
@@ -717,7 +725,9 @@ class Training:
         return stage.rate * self.learning_rate_factors[stage](step - stage.first)
 
     def begin_stage(self) -> None:
-        """Before a step: where the prior's own stage begins, or the joint one of a given VAE, fix what it builds upon."""
+        """Before a step: where the prior's own stage begins, or the joint one of a given VAE, fix what it builds
+        upon.
+        """
         stage = self.stage(self.step)
         if self.step != stage.first or self.args.model.model != "latent_vdm":
             return
@@ -804,7 +814,8 @@ class Training:
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.args.optimization.max_skipped_steps:
             raise FloatingPointError(
-                f"the gradient was not finite in {self.skipped_in_a_row} optimiser steps in a row, up to step {self.step}. {self.advice()}"
+                f"the gradient was not finite in {self.skipped_in_a_row} optimiser steps in a row, up to step "
+                f"{self.step}. {self.advice()}"
             )
         if self.accelerator.is_local_main_process:
             tqdm.write(f"step {self.step}: the gradient is not finite, skipped ({self.skipped_in_a_row} in a row)")
@@ -879,7 +890,10 @@ class Training:
         return any(every and self.step % every == 0 for every in (run.eval_steps, run.sample_steps))
 
     def look(self) -> None:
-        """Evaluate and draw samples, where either is due. The state has been saved: a signal ends the run between two operations."""
+        """Evaluate and draw samples, where either is due.
+
+        The state has been saved: a signal ends the run between two operations.
+        """
         run = self.args.run
         self.writer.wait()
         with self.stop.at_once():
@@ -889,8 +903,9 @@ class Training:
                 self.draw_samples()
 
     def leave(self) -> None:
-        """End the trackers and the process group: after DDP's wrapper, the destruction of which with the group's last reference may
-        wait for gloo's threads while these wait for the interpreter (seen with torch 2.13 in one run of seventeen)."""
+        """End the trackers and the process group: after DDP's wrapper, the destruction of which with the group's last
+        reference may wait for gloo's threads while these wait for the interpreter (seen with torch 2.13 in one run of
+        seventeen)."""
         self.model = self.network
         self.accelerator.free_memory()
         self.accelerator.end_training()
@@ -915,7 +930,8 @@ class Training:
             left = (self.num_steps - self.step) * self.global_batch / self.first_rate
             if self.accelerator.is_main_process:
                 tqdm.write(
-                    f"{self.first_rate:.1f} images a second: about {duration(left)} for the steps that are left, evaluations not "
+                    f"{self.first_rate:.1f} images a second: about {duration(left)} for the steps that are left, "
+                    "evaluations not "
                     f"counted; {values['memory_gib']:.1f} GiB so far"
                 )
         self.log.write(self.step, values)
@@ -937,7 +953,8 @@ class Training:
         if math.isfinite(values["loss"]) and (scaled or math.isfinite(values["gradient_norm"])):
             return
         raise FloatingPointError(
-            f"the loss ({values['loss']}) or the gradient norm ({values['gradient_norm']}) was not finite in steps {since + 1} to "
+            f"the loss ({values['loss']}) or the gradient norm ({values['gradient_norm']}) was not finite in steps "
+            f"{since + 1} to "
             f"{self.step}. {self.advice()} A few such steps may be left out: --max_skipped_steps."
         )
 
@@ -946,7 +963,8 @@ class Training:
         kept = list_checkpoints(self.output_dir)
         return (
             f"Look at the last entries of {self.output_dir / METRICS_FILE} (did the gradient norm grow?); lower "
-            "--learning_rate or --max_grad_norm, lengthen --lr_warmup_steps, or train with --mixed_precision no or bf16. "
+            "--learning_rate or --max_grad_norm, lengthen --lr_warmup_steps, or train with --mixed_precision no or "
+            "bf16. "
             f"The last checkpoint, {kept[-1].name if kept else 'none yet'}, is from before."
         )
 
@@ -961,8 +979,10 @@ class Training:
         free = shutil.disk_usage(self.output_dir).free
         if needed > free:
             raise SetupError(
-                f"the checkpoints need about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in --output_dir {self.output_dir}. "
-                "Give one on another disk, keep fewer (--checkpoints_total_limit), or save less often (--checkpointing_steps)."
+                f"the checkpoints need about {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in --output_dir "
+                f"{self.output_dir}. "
+                "Give one on another disk, keep fewer (--checkpoints_total_limit), or save less often "
+                "(--checkpointing_steps)."
             )
 
     def announce(self) -> None:
@@ -983,12 +1003,15 @@ class Training:
         )
         passes = self.num_steps * self.global_batch / len(self.train_images)
         epochs = f"{passes:.1f} epochs" if self.stream is None else "read in passing"
+        divided = ", weights divided" if self.sharding else ", optimiser states divided" if self.engine else ""
         accelerator.print(
             f"training on {self.train_images.name} ({shape}, {self.num_levels} levels)\n"
             f"evaluating on {self.eval_images.name}\n"
             f"network: {self.network_class.__name__}, {parameters / 1e6:.2f}M weights; {objective}\n"
-            f"{self.num_steps} optimiser steps of {self.global_batch} images ({self.rows} x {accelerator.num_processes} process(es) x "
-            f"{accelerator.gradient_accumulation_steps} micro-batch(es)), {epochs}, on {accelerator.device}{', weights divided' if self.sharding else ', optimiser states divided' if self.engine else ''}, precision {accelerator.mixed_precision}\n"
+            f"{self.num_steps} optimiser steps of {self.global_batch} images ({self.rows} x "
+            f"{accelerator.num_processes} process(es) x "
+            f"{accelerator.gradient_accumulation_steps} micro-batch(es)), {epochs}, on "
+            f"{accelerator.device}{divided}, precision {accelerator.mixed_precision}\n"
             f"writing to {self.output_dir}"
         )
 
@@ -1098,7 +1121,9 @@ class Training:
         averaged: dict[str, Any],
         streams: list[dict[str, Any]],
     ) -> Callable[[], None]:
-        """A function that writes the state as it is now; in the background from copies, so that training may go on meanwhile."""
+        """A function that writes the state as it is now; in the background from copies, so that training may go on
+        meanwhile.
+        """
         target, limit = self.output_dir / f"checkpoint-{self.step}", self.args.run.checkpoints_total_limit
         weights = {name: value.contiguous() for name, value in weights.items()}
         time_learning, model = self.time, self.averaged
@@ -1197,16 +1222,23 @@ class Training:
                 try:
                     push.result()
                 except HUB_ERRORS as error:
-                    again = f"from vdm_diffusers.hub import publish_folder; publish_folder({str(self.output_dir)!r}, {self.repo_id!r})"
+                    again = (
+                        "from vdm_diffusers.hub import publish_folder; "
+                        f"publish_folder({str(self.output_dir)!r}, {self.repo_id!r})"
+                    )
                     raise SaveError(
-                        f"the model lies in {self.output_dir}, and was not pushed to {self.repo_id}: {one_line(error)} To push it again: "
+                        f"the model lies in {self.output_dir}, and was not pushed to {self.repo_id}: "
+                        f"{one_line(error)} To push it again: "
                         f"python -c {shlex.quote(again)}"
                     ) from error
                 self.accelerator.print(f"published {self.repo_id}")
         self.accelerator.wait_for_everyone()
 
     def push_in_background(self, folder: Path, message: str) -> None:
-        """Queue the model in `folder` for the Hub. A push that fails is reported, and costs the run nothing but that push."""
+        """Queue the model in `folder` for the Hub.
+
+        A push that fails is reported, and costs the run nothing but that push.
+        """
 
         def report(push: Future[Any]) -> None:
             if push.exception() is not None:
@@ -1267,19 +1299,25 @@ class Training:
             )
         channels, height, width = self.train_images.images.shape[1:]
         parameters = sum(p.numel() for p in self.network.parameters())
+        loss = "the bound" if schedule is None else f"{args.diffusion.loss}, schedule {schedule_name(args.diffusion)}"
         return ModelDescription(
             title=(self.repo_id or self.output_dir.resolve().name).split("/")[-1],
-            summary=f"A {MODEL_NAMES[kind]} of images of {height}x{width} pixels, {channels} channel(s), {self.num_levels} levels.",
+            summary=(
+                f"A {MODEL_NAMES[kind]} of images of {height}x{width} pixels, {channels} channel(s), "
+                f"{self.num_levels} levels."
+            ),
             license=args.run.hub_license,
-            training=f"Trained on {self.train_images.name}: {self.step} optimiser steps of {self.global_batch} images, loss "
-            f"{'the bound' if schedule is None else f'{args.diffusion.loss}, schedule {schedule_name(args.diffusion)}'}, {parameters / 1e6:.2f}M weights"
-            f"{', averaged' if self.ema else ''}.",
+            training=(
+                f"Trained on {self.train_images.name}: {self.step} optimiser steps of {self.global_batch} "
+                f"images, loss {loss}, {parameters / 1e6:.2f}M weights{', averaged' if self.ema else ''}."
+            ),
             training_data=[identifier] if on_hub else [],
             provenance=provenance,
             duration=f"{self.seconds() / 60:.1f} minutes, evaluations included",
             measurements=measurements,
             limitations=[
-                f"It knows the kind of images it was trained on, at {height}x{width} pixels; nothing else was examined."
+                f"It knows the kind of images it was trained on, at {height}x{width} pixels; nothing else was "
+                "examined."
             ],
             location=self.repo_id or str(self.output_dir),
             images=images,
@@ -1334,14 +1372,17 @@ class Training:
 
 
 def micro_batches(optimization: OptimizationArguments, num_processes: int) -> int:
-    """Forward passes to an optimiser step: as asked, or as many as --global_batch_size takes on this number of processes."""
+    """Forward passes to an optimiser step: as asked, or as many as --global_batch_size takes on this number of
+    processes.
+    """
     asked = optimization.global_batch_size
     if asked is None:
         return optimization.gradient_accumulation_steps
     at_once = optimization.train_batch_size * num_processes
     if asked % at_once:
         raise SetupError(
-            f"--global_batch_size {asked} must be a multiple of --train_batch_size {optimization.train_batch_size} times {num_processes} "
+            f"--global_batch_size {asked} must be a multiple of --train_batch_size {optimization.train_batch_size} "
+            f"times {num_processes} "
             "process(es): change --train_batch_size."
         )
     return asked // at_once
@@ -1393,7 +1434,8 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno not in NO_ROOM:
             raise
         print(
-            f"train.py: error: the disk has no room: {error}. Make some, and go on with --resume_from_checkpoint latest.",
+            f"train.py: error: the disk has no room: {error}. Make some, and go on with --resume_from_checkpoint "
+            "latest.",
             file=sys.stderr,
         )
         return EXIT_FAILED

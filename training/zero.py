@@ -1,9 +1,10 @@
 """Optimiser states (and gradients) divided among the processes by DeepSpeed: ZeRO-1 and ZeRO-2.
 
-Accelerate's configuration says whether and how (training/accelerate_configs/deepspeed_zero2.yaml); DeepSpeed's engine is started here
-and not by `Accelerator.prepare`, so that the trainer's arguments hold and one code runs on GPUs and, where the tests are, on CPUs.
-Weights stay in float32 and autocast does the rest, as without dividing: the run is the same run. The optimiser's state is gathered
-weight by weight and saved as PyTorch's own: a checkpoint does not say how many processes wrote it, nor whether with DeepSpeed.
+Accelerate's configuration says whether and how (training/accelerate_configs/deepspeed_zero2.yaml); DeepSpeed's engine
+is started here and not by `Accelerator.prepare`, so that the trainer's arguments hold and one code runs on GPUs and,
+where the tests are, on CPUs. Weights stay in float32 and autocast does the rest, as without dividing: the run is the
+same run. The optimiser's state is gathered weight by weight and saved as PyTorch's own: a checkpoint does not say how
+many processes wrote it, nor whether with DeepSpeed.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ class ZeroEngine:
 
         deepspeed.utils.logger.setLevel("WARNING")
         if self.device.type == "cpu":
-            # For inference on CPUs DeepSpeed compiles a reduction through shared memory, which training does not call. A
-            # compilation that was killed leaves a lock behind, and every later run waits for it for ever.
+            # For inference on CPUs DeepSpeed compiles a reduction through shared memory, which training does not call.
+            # A compilation that was killed leaves a lock behind, and every later run waits for it for ever.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.optimizer, self.parameters = optimizer, list(network.parameters())
         bucket = min(BUCKET, sum(parameter.numel() for parameter in self.parameters))
@@ -122,7 +123,9 @@ class ZeroEngine:
         return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.device)
 
     def _shares(self) -> Iterator[tuple[int, nn.Parameter, slice, slice]]:
-        """Of each weight that this process moves some of: its number, itself, which of its elements, and where they lie."""
+        """Of each weight that this process moves some of: its number, itself, which of its elements, and where they
+        lie.
+        """
         for index, parameter in enumerate(self.parameters):
             mapping = parameter._hp_mapping
             if mapping is not None:

@@ -2,8 +2,9 @@
 
     from vdm_diffusers import VDMPipeline, VDMScheduler, VDMUNet2DModel, evaluate_likelihood
 
-The exact core (`vdm_diffusers.prediction`, `.gaussian`, `.noise_schedules`, `.elbo`, ...) is pure torch; the classes above are
-Diffusers' own kinds, and importing this package makes them known to Diffusers (`vdm_diffusers.registration`).
+The exact core (`vdm_diffusers.prediction`, `.gaussian`, `.noise_schedules`, `.elbo`, ...) is pure torch; the classes
+above are Diffusers' own kinds, and importing this package makes them known to Diffusers
+(`vdm_diffusers.registration`).
 """
 
 import sys

@@ -1,14 +1,15 @@
 r"""Importance sampling of the training times, from a history of the losses in bins of log SNR.
 
-The objective is an integral over t in [0, 1] of the expected loss f. Drawn with a density p(t), a time's loss counts f / p: the
-expectation stays, the scatter becomes smallest for
+The objective is an integral over t in [0, 1] of the expected loss f. Drawn with a density p(t), a time's loss counts f
+/ p: the expectation stays, the scatter becomes smallest for
 
     independent t     p(t) proportional to sqrt(E[f^2 | t])          (second_moment)
     stratified t      p(t) proportional to sqrt(Var[f | t])          (variance: strata remove what depends on t alone)
 
-f is not known, but the losses that training computes anyway show it. Sampling this way and reshaping the noise schedule are
-the same thing said twice: log SNR(t) at t ~ p is a schedule of its own, and for the `elbo` objective f / p is its loss. Unlike a
-learned schedule the sampler serves every objective, VDM++'s weightings among them, and has no parameters to learn.
+f is not known, but the losses that training computes anyway show it. Sampling this way and reshaping the noise
+schedule are the same thing said twice: log SNR(t) at t ~ p is a schedule of its own, and for the `elbo` objective f /
+p is its loss. Unlike a learned schedule the sampler serves every objective, VDM++'s weightings among them, and has no
+parameters to learn.
 
 Source: Nichol & Dhariwal 2021, "Improved DDPM", section 3.3 (by timestep); Kingma & Gao 2023, "Understanding diffusion
 objectives as the ELBO with simple data augmentation", section 5 and appendix F (in bins of log SNR).
@@ -38,16 +39,17 @@ class AdaptiveTimeSampler:
         (weight * losses).mean().backward()
         sampler.update(sampler.sums(t, losses))                     # several processes: the sum of their sums
 
-    The history forgets: every update multiplies what was there by `decay`. Until each bin has been visited `warmup` times, one
-    half of the times are uniform and the other half visit all bins alike (with a schedule linear in log SNR: all are uniform).
+    The history forgets: every update multiplies what was there by `decay`. Until each bin has been visited `warmup`
+    times, one half of the times are uniform and the other half visit all bins alike (with a schedule linear in log
+    SNR: all are uniform).
 
     Arguments:
         schedule: the noise schedule whose times are drawn. The bins have equal widths in log SNR.
         num_bins: their number.
         statistic: 'second_moment' or 'variance', see the module.
         decay: of the history, for each update, in [0, 1).
-        uniform_share: share of the times drawn uniformly, in (0, 1], so that no bin is forgotten and no weight exceeds its
-            inverse.
+        uniform_share: share of the times drawn uniformly, in (0, 1], so that no bin is forgotten and no weight exceeds
+            its inverse.
         warmup: losses seen in every bin before they count.
     Raises:
         ValueError: a value out of its range.
@@ -99,7 +101,8 @@ class AdaptiveTimeSampler:
         return (1 - self.uniform_share) * root / mass + self.uniform_share
 
     def place(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Times t with density p made from uniform u in [0, 1), and the weights 1 / p(t) of their losses: (B,) float64, CPU.
+        """Times t with density p made from uniform u in [0, 1), and the weights 1 / p(t) of their losses: (B,)
+        float64, CPU.
 
         u -> t is increasing, so that strata of u become strata of p.
         """
@@ -111,9 +114,11 @@ class AdaptiveTimeSampler:
         return torch.minimum(t, self.edges[index + 1]), 1 / density[index]
 
     def sums(self, t: Tensor, losses: Tensor) -> Tensor:
-        """(3, num_bins) float64 on the losses' device: number, sum, and sum of squares of the losses (B,) at times t (B,).
+        """(3, num_bins) float64 on the losses' device: number, sum, and sum of squares of the losses (B,) at times t
+        (B,).
 
-        Those of several micro-batches and processes are added up before `update`, so that all draw from the same density.
+        Those of several micro-batches and processes are added up before `update`, so that all draw from the same
+        density.
         """
         index = (torch.searchsorted(self.edges, t.double().cpu().contiguous(), right=True) - 1).to(losses.device)
         losses = losses.detach().double()
@@ -130,7 +135,8 @@ class AdaptiveTimeSampler:
         sums = sums.cpu()
         if sums.shape != self._history.shape or not bool(sums.isfinite().all()):
             raise ValueError(
-                f"`sums` must be finite and of shape {tuple(self._history.shape)}, got {tuple(sums.shape)}: was a loss infinite?"
+                f"`sums` must be finite and of shape {tuple(self._history.shape)}, got {tuple(sums.shape)}: was a "
+                "loss infinite?"
             )
         self._history = self.decay * self._history + sums
         self._visits += sums[0]
@@ -147,6 +153,7 @@ class AdaptiveTimeSampler:
         """
         if state["history"].shape != self._history.shape:
             raise ValueError(
-                f"the history has {state['history'].shape[-1]} bins, this sampler {len(self._visits)}: use the same `num_bins`."
+                f"the history has {state['history'].shape[-1]} bins, this sampler {len(self._visits)}: use the same "
+                "`num_bins`."
             )
         self._history, self._visits = state["history"].double().clone(), state["visits"].double().clone()

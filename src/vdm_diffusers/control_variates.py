@@ -2,25 +2,30 @@ r"""Control variates for the diffusion term: what can be known of a network's lo
 
 The loss |eps - eps_hat|^2 at (x, log_snr, eps) is compared with the losses of two cheap denoisers at the same noise.
 
-The linear one (Wiener's). For data taken to be Gaussian, N(mean, diag(lambda)) in some orthonormal basis, the best denoiser is linear, and
+The linear one (Wiener's). For data taken to be Gaussian, N(mean, diag(lambda)) in some orthonormal basis, the best
+denoiser is linear, and
 
-    eps - eps_hat = rho eps - kappa d,   rho = alpha^2 lambda / (alpha^2 lambda + sigma^2),   kappa = alpha sigma / (alpha^2 lambda + sigma^2),
+    eps - eps_hat = rho eps - kappa d,   rho = alpha^2 lambda / (alpha^2 lambda + sigma^2),   kappa = alpha sigma /
+    (alpha^2 lambda + sigma^2),
 
-with d = x - mean, so that its loss has the expectation sum rho^2 + kappa^2 d^2 for this very x, whatever the data really are.
+with d = x - mean, so that its loss has the expectation sum rho^2 + kappa^2 d^2 for this very x, whatever the data
+really are.
 
-The one by pixels. It knows that a pixel is one of L levels, and how frequent they are, but looks at no other pixel: x_hat_i = E[x_i | z_i].
-Where the noise is as small as the levels' distance, networks gain most from the same knowledge. The expectation of its loss
-is one integral over a normal variable for each level, tabulated against log SNR.
+The one by pixels. It knows that a pixel is one of L levels, and how frequent they are, but looks at no other pixel:
+x_hat_i = E[x_i | z_i]. Where the noise is as small as the levels' distance, networks gain most from the same
+knowledge. The expectation of its loss is one integral over a normal variable for each level, tabulated against log
+SNR.
 
 A surrogate of the network's loss,
 
     c_0 D + c_1 E[linear loss] + c_2 E[pixels' loss] + c_3 (linear loss - its E) + sum_w c_w sum_i w_i (eps_i^2 - 1)
         + sum_w c'_w sum_i w_i (pixel i's loss - its E),
 
-with weights w_i in {1, s_i, |x_i|, s_i |x_i|} that are known for an image (s: the standard deviation in a neighbourhood of 3 pixels a side), and
-coefficients that are functions of log SNR fitted to other evaluations, has a known expectation and a known integral over log SNR:
-only the rest needs Monte Carlo. The known integral is exact where the quadrature is: it has an edge wherever a mean jumps
-(`Controls.jumps`). Then bad coefficients cost variance, not bias.
+with weights w_i in {1, s_i, |x_i|, s_i |x_i|} that are known for an image (s: the standard deviation in a
+neighbourhood of 3 pixels a side), and coefficients that are functions of log SNR fitted to other evaluations, has a
+known expectation and a known integral over log SNR: only the rest needs Monte Carlo. The known integral is exact where
+the quadrature is: it has an edge wherever a mean jumps (`Controls.jumps`). Then bad coefficients cost variance, not
+bias.
 
 Source: control variates are classical (Owen, "Monte Carlo theory, methods and examples", chapter 8).
 """
@@ -109,7 +114,9 @@ class WienerDenoiser:
         return coordinates if self.full is None else coordinates @ self.full.to(noise).T
 
     def loss(self, d: Tensor, noise: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-        """|eps - eps_hat|^2 and its expectation, (M,) float64 on the CPU, from coordinates (M, D) of x - mean and eps."""
+        """|eps - eps_hat|^2 and its expectation, (M,) float64 on the CPU, from coordinates (M, D) of x - mean and
+        eps.
+        """
         rho, kappa = self._gains(log_snr)
         rho, kappa = rho.to(d), kappa.to(d)
         loss = ((rho * noise - kappa * d) ** 2).sum(1)
@@ -117,7 +124,10 @@ class WienerDenoiser:
         return loss.to("cpu", torch.float64), expected.to("cpu", torch.float64)
 
     def expected_sum(self, log_snr: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """sum_k weight_k E[loss at log_snr_k] for any image, as (a, b): it is a + (x - mean)^2 . b in coordinates; (), (D,)."""
+        """sum_k weight_k E[loss at log_snr_k] for any image, as (a, b): it is a + (x - mean)^2 .
+
+        b in coordinates; (), (D,).
+        """
         rho, kappa = self._gains(log_snr)
         return (weight * (rho**2).sum(1)).sum(), weight @ kappa**2
 
@@ -132,8 +142,8 @@ class WienerDenoiser:
 class PixelDenoiser:
     """x_hat_i = E[x_i | z_i] of a pixel that has one of L equally spaced levels, with given frequencies.
 
-    Beyond `_WINDOW` levels the frequencies are taken to be equal, and only the nearest levels are weighed; the denoiser is then
-    left aside where the noise hides the levels (`active`).
+    Beyond `_WINDOW` levels the frequencies are taken to be equal, and only the nearest levels are weighed; the
+    denoiser is then left aside where the noise hides the levels (`active`).
 
     Attributes:
         values: (L,) of the levels, as x.
@@ -175,7 +185,9 @@ class PixelDenoiser:
         return weighted / total
 
     def kind(self, levels: Tensor) -> Tensor:
-        """Rows of the table for levels: one for each, but levels far from the ends are all alike, and the ends mirrored."""
+        """Rows of the table for levels: one for each, but levels far from the ends are all alike, and the ends
+        mirrored.
+        """
         if len(self.values) <= _WINDOW:
             return levels.long()
         return torch.minimum(levels.long(), len(self.values) - 1 - levels.long()).clamp(max=self._num_kinds - 1)
@@ -203,7 +215,9 @@ class PixelDenoiser:
         return 2 * math.log(distance / self._distance)
 
     def exact_loss(self, log_snr: float) -> Tensor:
-        """E|x_hat - x|^2 of every kind of level, (K,), by the trapezoidal rule, whose error falls exponentially for such functions."""
+        """E|x_hat - x|^2 of every kind of level, (K,), by the trapezoidal rule, whose error falls exponentially for
+        such functions.
+        """
         deviation = math.exp(-log_snr / 2)
         step = min(0.5, deviation / self._distance)
         e = torch.arange(-math.ceil(9 / step), math.ceil(9 / step) + 1, dtype=torch.float64) * step
@@ -272,7 +286,9 @@ class Controls:
         return 7 if self.pixel is None else 12
 
     def features(self, x: Tensor, levels: Tensor, noise: Tensor, z_t: Tensor, log_snr: Tensor) -> Tensor:
-        """(F, M) float64 on the CPU, from images x (M, C, ...), their levels, noise and z_t; log_snr: (M,) on the CPU."""
+        """(F, M) float64 on the CPU, from images x (M, C, ...), their levels, noise and z_t; log_snr: (M,) on the
+        CPU.
+        """
         loss, expected = self.wiener.loss(self.wiener.deviations(x), self.wiener.directions(noise), log_snr)
         weights = _pixel_weights(x)
         excess = noise.flatten(1) ** 2 - 1
@@ -341,9 +357,9 @@ class Surrogate:
     def fit(cls, knots: Tensor, log_snr: Tensor, features: Tensor, loss: Tensor, weight: Tensor) -> Surrogate:
         """Weighted least squares: log_snr, loss, weight (M,), features (M, F).
 
-        A feature's part of the loss is expected to be as large as the loss is in the mean over all log SNRs: a feature that all but
-        vanishes somewhere (as the pixels' loss does, double exponentially) has no large coefficient there, which would
-        be a spike between two knots.
+        A feature's part of the loss is expected to be as large as the loss is in the mean over all log SNRs: a feature
+        that all but vanishes somewhere (as the pixels' loss does, double exponentially) has no large coefficient
+        there, which would be a spike between two knots.
         """
         size = (weight @ features**2 / weight.sum()).sqrt()
         size = size.clamp(min=1e-12 * float(size.max()) + 1e-300)

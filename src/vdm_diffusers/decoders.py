@@ -11,7 +11,8 @@ Two decoders of diffusion models give p(k | z), factorised over the dimensions:
     VDM    p(k | z_0) proportional to N(z_0 / alpha_0; x_k, sigma_0^2 / alpha_0^2): a softmax over the L levels
     DDPM   p(k | x_1) = the mass of N(mean, variance) in bin k, the two outer bins open
 
-and two more serve variational autoencoders: the mass of a logistic distribution in bin k, and Bernoulli's for two levels.
+and two more serve variational autoencoders: the mass of a logistic distribution in bin k, and Bernoulli's for two
+levels.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def encode_pixels(
     """Integers k in 0..num_levels-1 -> x_k in [-1, 1], of any shape, rounded once to `dtype`.
 
     Raises:
-        ValueError: fewer than two levels, unknown encoding, or values that are not integers 0..num_levels-1 (range: on the CPU).
+        ValueError: fewer than two levels, unknown encoding, or values that are not integers 0..num_levels-1 (range: on
+            the CPU).
     """
     _check(num_levels, pixel_encoding)
     if levels.is_floating_point() or levels.dtype == torch.bool:
@@ -101,10 +103,11 @@ def softmax_log_likelihood(
         levels: (B, ...) integers k. z_0: (B, ...) latents at log_snr_0.
         log_snr_0: () or (B,), finite.
     Returns:
-        (B,) nats, differentiable in z_0 and log_snr_0. Dimensions are taken in chunks, whose logits the backward pass computes
-        again, so that memory stays bounded.
+        (B,) nats, differentiable in z_0 and log_snr_0. Dimensions are taken in chunks, whose logits the backward pass
+        computes again, so that memory stays bounded.
     Raises:
-        ValueError: levels outside 0..num_levels-1, a log_snr_0 that is not finite (both: on the CPU), shapes that differ.
+        ValueError: levels outside 0..num_levels-1, a log_snr_0 that is not finite (both: on the CPU), shapes that
+            differ.
     Source: Kingma et al. 2021, equation 8 (section 3.3): p(x_i | z_0,i) proportional to q(z_0,i | x_i).
     """
     check_levels(levels, num_levels, z_0)
@@ -141,8 +144,8 @@ def discretized_gaussian_log_likelihood(
 ) -> Tensor:
     """DDPM's decoder: ln of the mass that N(mean, variance) has in the bins of the integers, the outer bins open.
 
-    ln p(k | mean, variance) = sum over dimensions of ln [Phi((x_k + h - mean) / s) - Phi((x_k - h - mean) / s)], h half a
-    bin width, s = sqrt(variance), with -inf and +inf for the outer edges.
+    ln p(k | mean, variance) = sum over dimensions of ln [Phi((x_k + h - mean) / s) - Phi((x_k - h - mean) / s)], h
+    half a bin width, s = sqrt(variance), with -inf and +inf for the outer edges.
 
     Arguments:
         levels: (B, ...) integers. mean: (B, ...).
@@ -150,7 +153,8 @@ def discretized_gaussian_log_likelihood(
     Returns:
         (B,) nats, from the exact normal distribution function (no tanh approximation, no floor on the probability).
     Raises:
-        ValueError: levels outside 0..num_levels-1, a variance that is not positive (both: on the CPU), shapes that differ.
+        ValueError: levels outside 0..num_levels-1, a variance that is not positive (both: on the CPU), shapes that
+            differ.
     Source: Ho et al. 2020, equation 13.
     """
     check_levels(levels, num_levels, mean)
@@ -179,9 +183,9 @@ def discretized_logistic_log_likelihood(
 ) -> Tensor:
     """ln of the mass that a logistic distribution has in the bins of the integers, the outer bins open.
 
-    ln p(k | mean, scale) = sum over dimensions of ln [S((x_k + h - mean) / scale) - S((x_k - h - mean) / scale)], S the logistic
-    function, h half a bin width, with -inf and +inf for the outer edges. Computed as ln S(u) + ln S(-l) + ln(1 - e^(l - u)),
-    in which nothing cancels.
+    ln p(k | mean, scale) = sum over dimensions of ln [S((x_k + h - mean) / scale) - S((x_k - h - mean) / scale)], S
+    the logistic function, h half a bin width, with -inf and +inf for the outer edges. Computed as ln S(u) + ln S(-l) +
+    ln(1 - e^(l - u)), in which nothing cancels.
 
     Arguments:
         levels: (B, ...) integers. mean: (B, ...).
@@ -189,8 +193,10 @@ def discretized_logistic_log_likelihood(
     Returns:
         (B,) nats.
     Raises:
-        ValueError: levels outside 0..num_levels-1, a scale that is not positive (both: on the CPU), shapes that differ.
-    Source: Kingma et al. 2016, "Inverse autoregressive flow", appendix; Salimans et al. 2017, "PixelCNN++", equation 2.
+        ValueError: levels outside 0..num_levels-1, a scale that is not positive (both: on the CPU), shapes that
+            differ.
+    Source: Kingma et al. 2016, "Inverse autoregressive flow", appendix; Salimans et al. 2017, "PixelCNN++", equation
+        2.
     """
     check_levels(levels, num_levels, mean)
     dtype = _accurate_dtype(mean)
@@ -247,7 +253,8 @@ def check_range(levels: Tensor, num_levels: int) -> None:
     """Raise ValueError unless all `levels` (on the CPU) lie in 0..num_levels-1."""
     if on_host(levels) and levels.numel() and not 0 <= int(levels.min()) <= int(levels.max()) < num_levels:
         raise ValueError(
-            f"`levels` must lie in 0..{num_levels - 1}, got {int(levels.min())}..{int(levels.max())}. Is `num_levels` right?"
+            f"`levels` must lie in 0..{num_levels - 1}, got {int(levels.min())}..{int(levels.max())}. Is `num_levels` "
+            "right?"
         )
 
 

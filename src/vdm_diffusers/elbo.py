@@ -61,7 +61,8 @@ def prior_kl(x: Tensor, log_snr_1: Tensor | float, *, path: Path = "vp") -> Tens
     if path == "ve":
         excess, precision = torch.zeros_like(sigma), 1 / sigma**2
     else:
-        # sigma^2 - 1 from alpha: no difference from a rounded sigma^2. Where sigma is small ln sigma^2 comes from log SNR
+        # sigma^2 - 1 from alpha: no difference from a rounded sigma^2. Where sigma is small ln sigma^2 comes from log
+        # SNR
         less_one = -(alpha**2) if path == "vp" else -alpha * (1 + sigma)
         scale = 1 if path == "vp" else 2
         near = less_one > -0.5
@@ -75,7 +76,8 @@ def prior_kl(x: Tensor, log_snr_1: Tensor | float, *, path: Path = "vp") -> Tens
 def discrete_weight(log_snr_s: Tensor | float, log_snr_t: Tensor | float) -> Tensor:
     """1/2 expm1(log_snr_s - log_snr_t): weight of |eps - eps_hat|^2 in one step's KL. Float64, of the log SNRs' shape.
 
-    Infinite at log_snr_s = +inf (a step to clean data is the decoder's) and at log_snr_t = -inf (use `discrete_weight_x`).
+    Infinite at log_snr_s = +inf (a step to clean data is the decoder's) and at log_snr_t = -inf (use
+    `discrete_weight_x`).
     """
     return 0.5 * torch.expm1(as_float64(log_snr_s) - as_float64(log_snr_t))
 

@@ -6,21 +6,23 @@ A Markovian hierarchy has latents z_1, ..., z_L above the data x = z_0:
 
 with every conditional Gaussian but the likelihood p(x | z_1), and p(z_L) = N(0, I). Its evidence lower bound is
 
-    -ln p(x) <= E_q [ -ln p(x | z_1) + sum_{l<L} ln q(z_l | z_{l-1}) / p(z_l | z_{l+1}) + ln q(z_L | z_{L-1}) / p(z_L) ].
+    -ln p(x) <= E_q [ -ln p(x | z_1) + sum_{l<L} ln q(z_l | z_{l-1}) / p(z_l | z_{l+1}) + ln q(z_L | z_{L-1}) / p(z_L)
+    ].
 
-L = 1 is the VAE. A diffusion model is the hierarchy with three restrictions (`diffusion_hierarchy`): latents have the size of the
-data, the encoder is a fixed linear Gaussian, and the last latent is standard normal. Then the encoder's Bayesian inverse
-q(z_{l-1} | z_l, x) is known, and the same bound can be written in a second form:
+L = 1 is the VAE. A diffusion model is the hierarchy with three restrictions (`diffusion_hierarchy`): latents have the
+size of the data, the encoder is a fixed linear Gaussian, and the last latent is standard normal. Then the encoder's
+Bayesian inverse q(z_{l-1} | z_l, x) is known, and the same bound can be written in a second form:
 
     form           term of layer l < L                                          term of layer L
     log_ratio      ln q(z_l | z_{l-1}) - ln p(z_l | z_{l+1})                    ln q(z_L | z_{L-1}) - ln p(z_L)
     consistency    the same                                                     KL(q(z_L | z_{L-1}) || p(z_L))
     matching       KL(q(z_l | z_{l+1}, x) || p(z_l | z_{l+1}))                  KL(q(z_L | x) || p(z_L))
 
-averaged over draws of the encoder. All are unbiased for the one bound. Where one of the L terms is drawn, as training does, the
-first forms' variance grows with L^2, for each term has the noise of z_l in both densities; `matching` has integrated it out.
-(Summed over a whole trajectory that noise telescopes, and the forms differ little.) (Beware of the first form as textbooks print it, with KL(q(z_l | z_{l-1}) || p(z_l | z_{l+1})) averaged over
-z_{l-1} and z_{l+1}: given z_{l-1} the other two are not independent, so that it is another number, larger for a good decoder.)
+averaged over draws of the encoder. All are unbiased for the one bound. Where one of the L terms is drawn, as training
+does, the first forms' variance grows with L^2, for each term has the noise of z_l in both densities; `matching` has
+integrated it out. (Summed over a whole trajectory that noise telescopes, and the forms differ little.) (Beware of the
+first form as textbooks print it, with KL(q(z_l | z_{l-1}) || p(z_l | z_{l+1})) averaged over z_{l-1} and z_{l+1}:
+given z_{l-1} the other two are not independent, so that it is another number, larger for a good decoder.)
 
 Source: Luo 2022, "Understanding Diffusion Models: A Unified Perspective", the sections on hierarchical VAEs and on
 variational diffusion models; Kingma & Welling 2014 (VAE); Sohl-Dickstein et al. 2015; Burda et al. 2016 (K samples).
@@ -77,7 +79,8 @@ class Hierarchy:
     Attributes:
         num_layers: L >= 1.
         encode: (l, z_{l-1}) -> q(z_l | z_{l-1}) for l = 1..L, where z_0 = x.
-        decode: (l, z_l) -> p(z_{l-1} | z_l) for l = 2..L. (p(x | z_1) is passed where it is needed: it knows the integers.)
+        decode: (l, z_l) -> p(z_{l-1} | z_l) for l = 2..L. (p(x | z_1) is passed where it is needed: it knows the
+            integers.)
         invert: (l, z_l, x) -> q(z_{l-1} | z_l, x) for l = 2..L, where it is known in closed form, else None.
         marginal: (l, x) -> q(z_l | x), likewise.
     """
@@ -103,7 +106,9 @@ class HierarchicalBound:
 
     @property
     def terms(self) -> Bound:
-        """Layer by layer as the three terms of a diffusion model: the last layer is the prior's, the others the diffusion's."""
+        """Layer by layer as the three terms of a diffusion model: the last layer is the prior's, the others the
+        diffusion's.
+        """
         middle = torch.stack(self.layers).sum(0) - self.layers[-1] if len(self.layers) > 1 else 0 * self.layers[-1]
         return Bound(prior=self.layers[-1], diffusion=middle, reconstruction=self.reconstruction)
 
@@ -153,7 +158,8 @@ def hierarchical_bound(
     if form == "matching":
         if hierarchy.invert is None or hierarchy.marginal is None:
             raise ValueError(
-                "form 'matching' needs q(z_l | z_{l+1}, x) in closed form, which a learned encoder does not have: use 'consistency'."
+                "form 'matching' needs q(z_l | z_{l+1}, x) in closed form, which a learned encoder does not have: use "
+                "'consistency'."
             )
         layers = [
             hierarchy.invert(layer + 1, z[layer + 1], x).kl(hierarchy.decode(layer + 1, z[layer + 1]))
@@ -178,7 +184,8 @@ def multi_sample_bound(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The K-sample bound -ln (1/K) sum_k p(x, z^k) / q(z^k | x) on -ln p(x): (B,) nats, never above the ELBO in expectation.
+    """The K-sample bound -ln (1/K) sum_k p(x, z^k) / q(z^k | x) on -ln p(x): (B,) nats, never above the ELBO in
+    expectation.
 
     Raises:
         ValueError: fewer than one sample.
@@ -211,16 +218,17 @@ def diffusion_hierarchy(
     variance: Literal["posterior", "forward"] = "posterior",
     path: Path = "vp",
 ) -> Hierarchy:
-    """A diffusion model as the hierarchy it is: z_l = alpha_l x + sigma_l eps, p(z_{l-1} | z_l) = q(z_{l-1} | z_l, x = x_hat).
+    """A diffusion model as the hierarchy it is: z_l = alpha_l x + sigma_l eps, p(z_{l-1} | z_l) = q(z_{l-1} | z_l, x =
+    x_hat).
 
     Arguments:
-        log_snrs: (L,) finite, decreasing: of z_1 (the cleanest) to z_L (nearly standard normal). The chain of VDM's T steps has
-            L = T + 1 latents, its z_0 is this z_1; DDPM's chain x_1, ..., x_T has L = T.
+        log_snrs: (L,) finite, decreasing: of z_1 (the cleanest) to z_L (nearly standard normal). The chain of VDM's T
+            steps has L = T + 1 latents, its z_0 is this z_1; DDPM's chain x_1, ..., x_T has L = T.
         denoise: (z_l, log_snr_l () float64) -> x_hat, of z_l's shape.
         variance: of p(z_{l-1} | z_l): that of q(z_{l-1} | z_l, x), or sigma_{l|l-1}^2 of the forward step.
     Raises:
-        ValueError: log SNRs that do not decrease or are not finite; an unknown variance; the ve path, whose last latent is not
-            standard normal.
+        ValueError: log SNRs that do not decrease or are not finite; an unknown variance; the ve path, whose last
+            latent is not standard normal.
     """
     log_snr = as_float64(log_snrs if isinstance(log_snrs, Tensor) else torch.tensor(list(log_snrs)).double())
     if log_snr.ndim != 1 or not len(log_snr) or not bool(log_snr.isfinite().all() and (log_snr.diff() < 0).all()):

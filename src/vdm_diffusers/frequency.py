@@ -1,7 +1,9 @@
-"""The cosine transform of images, and its coefficients gathered in radial bands: coordinates in which natural images vary independently.
+"""The cosine transform of images, and its coefficients gathered in radial bands: coordinates in which natural images
+vary independently.
 
-An image's power falls with frequency, whatever its direction. So what holds for one coefficient of the (orthonormal) cosine transform
-holds about as well for the others of its distance from zero frequency, and a function of frequency needs few numbers.
+An image's power falls with frequency, whatever its direction. So what holds for one coefficient of the (orthonormal)
+cosine transform holds about as well for the others of its distance from zero frequency, and a function of frequency
+needs few numbers.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ def cosine_transform(n: int) -> Tensor:
 class RadialBands:
     """At most 32 bands of the frequencies of images of one size, and the transform to these frequencies.
 
-    Frequency (i, j) of an H x W image has the radius sqrt((i / H)^2 + (j / W)^2). Zero is a band of its own; the others are
-    intervals with the smallest ratio of their ends with which so few suffice. A small image has a band for every radius.
+    Frequency (i, j) of an H x W image has the radius sqrt((i / H)^2 + (j / W)^2). Zero is a band of its own; the
+    others are intervals with the smallest ratio of their ends with which so few suffice. A small image has a band for
+    every radius.
 
     Attributes:
         index: (H, W) the band of every frequency, int64.
@@ -81,7 +84,8 @@ class RadialBands:
 
 
 def _first_radii(radii: Tensor, ratio: float) -> Tensor:
-    """Where the bands begin, in increasing radii whose first is 0, if each holds what is at most `ratio` times its first.
+    """Where the bands begin, in increasing radii whose first is 0, if each holds what is at most `ratio` times its
+    first.
 
     Stops as soon as there are more than 32.
     """

@@ -87,7 +87,10 @@ def transition_coefficients(
 def transition(
     z_s: Tensor, log_snr_s: Tensor | float, log_snr_t: Tensor | float, *, path: Path = "vp"
 ) -> tuple[Tensor, Tensor]:
-    """q(z_t | z_s): its mean, of z_s's shape, and its variance, of the log SNRs' shape. See `transition_coefficients`."""
+    """q(z_t | z_s): its mean, of z_s's shape, and its variance, of the log SNRs' shape.
+
+    See `transition_coefficients`.
+    """
     scale, variance = transition_coefficients(log_snr_s, log_snr_t, path=path)
     return (expand_to(scale, z_s) * z_s).to(z_s.dtype), variance
 
@@ -102,8 +105,8 @@ def posterior_coefficients(
 
     Raises:
         ValueError: times in the wrong order, unknown path.
-    Source: Kingma et al. 2021, equations 23 to 25 and 32 (appendix A); Ho et al. 2020, equations 6 and 7, for neighbouring
-        steps.
+    Source: Kingma et al. 2021, equations 23 to 25 and 32 (appendix A); Ho et al. 2020, equations 6 and 7, for
+        neighbouring steps.
     """
     log_snr_s, log_snr_t = _ordered(log_snr_s, log_snr_t)
     (alpha_s, sigma_s), (alpha_t, sigma_t) = alpha_sigma(log_snr_s, path), alpha_sigma(log_snr_t, path)
@@ -132,8 +135,8 @@ def gaussian_kl(
 ) -> Tensor:
     """KL(N(mean_q, variance_q) || N(mean_p, variance_p)), elementwise, in nats (all arguments broadcast).
 
-    KL = 1/2 [r - 1 - ln r + (mean_q - mean_p)^2 / variance_p], r = variance_q / variance_p. Equal variances, the posterior's
-    case in diffusion, leave the last term exactly.
+    KL = 1/2 [r - 1 - ln r + (mean_q - mean_p)^2 / variance_p], r = variance_q / variance_p. Equal variances, the
+    posterior's case in diffusion, leave the last term exactly.
     """
     mean_q, variance_q, mean_p, variance_p = (
         v if isinstance(v, Tensor) else as_float64(v) for v in (mean_q, variance_q, mean_p, variance_p)

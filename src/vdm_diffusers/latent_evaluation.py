@@ -1,4 +1,6 @@
-"""Bits/dim of latent variable models, in the report that diffusion models get: VAE, hierarchical VAE, VAE with a diffusion prior."""
+"""Bits/dim of latent variable models, in the report that diffusion models get: VAE, hierarchical VAE, VAE with a
+diffusion prior.
+"""
 
 from __future__ import annotations
 
@@ -38,15 +40,17 @@ def evaluate_latent_likelihood(
     progress: Callable[[int], object] | None = None,
     runner: Runner = run_all,
 ) -> LikelihoodReport:
-    """The bound on -ln p of integer images, averaged over `num_repeats` independent passes, whose scatter is its error.
+    """The bound on -ln p of integer images, averaged over `num_repeats` independent passes, whose scatter is its
+    error.
 
     Arguments:
         bound: a model's own, called as `bound(levels, generator=...)`, for instance `VariationalAutoencoder.bound`.
         levels: (N, C, ...) integers.
-        importance_weighted_bound, importance_samples: instead of the ELBO the tighter bound of that many samples, called as
-            `importance_weighted_bound(levels, importance_samples, generator=...)`.
+        importance_weighted_bound, importance_samples: instead of the ELBO the tighter bound of that many samples,
+            called as `importance_weighted_bound(levels, importance_samples, generator=...)`.
         num_repeats: passes over the images, at least 2.
-        batch_size: images at a time. (Models that stratify their times do so over a batch, which changes the error a little.)
+        batch_size: images at a time. (Models that stratify their times do so over a batch, which changes the error a
+            little.)
         seed: of the noise.
         target_standard_error, max_model_evaluations: see `evaluate_likelihood`.
         progress: called with the number of images done, after every batch.

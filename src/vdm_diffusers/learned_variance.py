@@ -1,14 +1,17 @@
-r"""Training a network that also predicts the variance of its reverse transitions: the bound with the mean held fixed, and the hybrid loss.
+r"""Training a network that also predicts the variance of its reverse transitions: the bound with the mean held fixed,
+and the hybrid loss.
 
-A network of learned variance has twice the sample's channels: a prediction, and for each dimension a number v that says how
-large the variance of p(z_s | z_t) is (`reverse_variance`: "learned" is its logarithm, "learned_range" interpolates between the
-logarithms of the posterior's and the forward step's). `objectives` trains the prediction and never sees v. The bound does:
+A network of learned variance has twice the sample's channels: a prediction, and for each dimension a number v that
+says how large the variance of p(z_s | z_t) is (`reverse_variance`: "learned" is its logarithm, "learned_range"
+interpolates between the logarithms of the posterior's and the forward step's). `objectives` trains the prediction and
+never sees v. The bound does:
 
-    L_t = KL(q(z_s | z_t, x) || N(mean(x_hat), variance)) = 1/2 sum_i [r_i - 1 - ln r_i + r_i c_x^2 (x - x_hat)_i^2 / posterior variance]
+    L_t = KL(q(z_s | z_t, x) || N(mean(x_hat), variance)) = 1/2 sum_i [r_i - 1 - ln r_i + r_i c_x^2 (x - x_hat)_i^2 /
+    posterior variance]
 
-with r_i = posterior variance / variance_i and c_x the posterior mean's coefficient of x. Its gradient is too noisy to train the
-prediction, which is therefore detached: L_hybrid = L_simple + lambda L_vlb trains the prediction by the first term and v by
-the second.
+with r_i = posterior variance / variance_i and c_x the posterior mean's coefficient of x. Its gradient is too noisy to
+train the prediction, which is therefore detached: L_hybrid = L_simple + lambda L_vlb trains the prediction by the
+first term and v by the second.
 
 Source: Nichol & Dhariwal 2021, "Improved DDPM", section 3.1 (equations 15 and 16).
 """
@@ -39,7 +42,8 @@ def split_variance(model_output: Tensor, num_channels: int) -> tuple[Tensor, Ten
     """
     if model_output.shape[1] != 2 * num_channels:
         raise ValueError(
-            f"`model_output` must have {2 * num_channels} channels, a prediction and a variance for each of the {num_channels} of the "
+            f"`model_output` must have {2 * num_channels} channels, a prediction and a variance for each of the "
+            f"{num_channels} of the "
             f"data, got {model_output.shape[1]}. Make the network with out_channels={2 * num_channels}."
         )
     prediction, variance = model_output.chunk(2, dim=1)
@@ -63,8 +67,8 @@ def variance_bound(
     Arguments:
         model_output: (B, 2 C, ...) the network's answer at z_t = alpha x + sigma eps.
         x, noise: (B, C, ...).
-        log_snr_s, log_snr_t: () or (B,), log_snr_s > log_snr_t. log_snr_s = +inf, a step to clean data, is the decoder's: see
-            `decoder_bound`.
+        log_snr_s, log_snr_t: () or (B,), log_snr_s > log_snr_t. log_snr_s = +inf, a step to clean data, is the
+            decoder's: see `decoder_bound`.
         variance_type: what the second half of the channels means.
     Raises:
         ValueError: the wrong number of channels, log SNRs in the wrong order.
@@ -134,8 +138,8 @@ def hybrid_loss(
 ) -> Tensor:
     """L_hybrid = L_simple + lambda L_vlb at a random step of a chain: (B,), to be averaged and backpropagated.
 
-    L_vlb is the estimate T L_t of the whole chain's bound, in bits/dim: with lambda = 0.001 and T = 1000 the two terms are of like
-    size.
+    L_vlb is the estimate T L_t of the whole chain's bound, in bits/dim: with lambda = 0.001 and T = 1000 the two terms
+    are of like size.
 
     Arguments:
         model_output: (B, 2 C, ...). log_snr: of z_t.
@@ -158,7 +162,9 @@ def hybrid_loss(
 def _log_variance(
     channels: Tensor, variance_type: LearnedVariance, low: Tensor, high: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """The logarithm of the variance that the channels stand for, between the logarithms `low` and `high`, elementwise."""
+    """The logarithm of the variance that the channels stand for, between the logarithms `low` and `high`,
+    elementwise.
+    """
     if variance_type == "learned":
         return channels.to(dtype)
     if variance_type != "learned_range":

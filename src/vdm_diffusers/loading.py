@@ -1,4 +1,6 @@
-"""One function that loads a model, for every door: a folder of ours, a repository of the Hub, a stock pipeline of Diffusers."""
+"""One function that loads a model, for every door: a folder of ours, a repository of the Hub, a stock pipeline of
+Diffusers.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ OURS: dict[str, Any] = {
 
 
 def is_on_hub(checkpoint: str) -> bool:
-    """Whether `checkpoint` names a repository of the Hub: "hf://owner/name", or "owner/name" where there is no such folder.
+    """Whether `checkpoint` names a repository of the Hub: "hf://owner/name", or "owner/name" where there is no such
+    folder.
 
     Raises:
         CheckpointError: it looks like a path, and there is nothing.
@@ -38,7 +41,8 @@ def is_on_hub(checkpoint: str) -> bool:
     # a name whose first part is a folder here is a mistyped path
     if not (slash and name) or os.path.isdir(owner):
         raise CheckpointError(
-            f"there is no folder {checkpoint}. Train one (make demo), or name another with --checkpoint; a repository of the Hub is "
+            f"there is no folder {checkpoint}. Train one (make demo), or name another with --checkpoint; a repository "
+            "of the Hub is "
             f"called {HUB}owner/name."
         )
     try:
@@ -102,7 +106,8 @@ def _class_name(source: str, revision: str | None) -> tuple[str, bool]:
                 path = hf_hub_download(source, config, revision=revision)
             except LocalEntryNotFoundError:
                 raise CheckpointError(
-                    f"the Hub does not answer, and {source} is not in the cache. Try again later, or name a folder with --checkpoint."
+                    f"the Hub does not answer, and {source} is not in the cache. Try again later, or name a folder "
+                    "with --checkpoint."
                 ) from None
             except EntryNotFoundError:
                 continue

@@ -66,7 +66,8 @@ class NoiseSchedule(ABC):
 class LinearLogSNRSchedule(NoiseSchedule):
     """Linear in log SNR: log_snr(t) = (1 - t) log_snr_max + t log_snr_min.
 
-    Source: Kingma et al. 2021, "Variational Diffusion Models", section 6.2: the "log SNR-linear" schedule of the ablation.
+    Source: Kingma et al. 2021, "Variational Diffusion Models", section 6.2: the "log SNR-linear" schedule of the
+    ablation.
     """
 
     log_snr_max: float = LOG_SNR_MAX
@@ -93,8 +94,8 @@ class CosineSchedule(NoiseSchedule):
     log_snr(t) = -2 ln tan phi(t), phi(t) = (1 - t) arctan e^(-log_snr_max/2) + t arctan e^(-log_snr_min/2).
     Infinite end points are allowed and give phi = pi t / 2.
 
-    Source: Nichol & Dhariwal 2021, "Improved DDPM", equation 17, without its offset; bounded in log SNR as in Hoogeboom et
-        al. 2023, "simple diffusion".
+    Source: Nichol & Dhariwal 2021, "Improved DDPM", equation 17, without its offset; bounded in log SNR as in
+        Hoogeboom et al. 2023, "simple diffusion".
     """
 
     log_snr_max: float = LOG_SNR_MAX
@@ -160,17 +161,19 @@ class ShiftedSchedule(NoiseSchedule):
 
 @dataclass(frozen=True)
 class FlowSchedule(NoiseSchedule):
-    """Flow matching's schedule: sigma runs evenly from one end to the other, and is then shifted, on the path alpha = 1 - sigma.
+    """Flow matching's schedule: sigma runs evenly from one end to the other, and is then shifted, on the path alpha =
+    1 - sigma.
 
-    With u linear in t, sigma = shift u / (1 + (shift - 1) u), and log_snr = 2 ln((1 - sigma) / sigma) = 2 ln((1 - u) / u) - 2 ln(shift):
-    a shift moves the schedule along the log-SNR axis.
+    With u linear in t, sigma = shift u / (1 + (shift - 1) u), and log_snr = 2 ln((1 - sigma) / sigma) = 2 ln((1 - u) /
+    u) - 2 ln(shift): a shift moves the schedule along the log-SNR axis.
 
     Arguments:
         log_snr_max, log_snr_min: the end points, after the shift.
         shift: above 1 for more time in the noise.
     Raises:
         ValueError: end points that are no range, or a shift that is not positive.
-    Source: Liu et al. 2022, "Flow Straight and Fast"; Esser et al. 2024, "Scaling Rectified Flow Transformers", section 5.3.2 (shift).
+    Source: Liu et al. 2022, "Flow Straight and Fast"; Esser et al. 2024, "Scaling Rectified Flow Transformers",
+        section 5.3.2 (shift).
     """
 
     log_snr_max: float = LOG_SNR_MAX
@@ -211,7 +214,8 @@ class FlowSchedule(NoiseSchedule):
 
 @dataclass(frozen=True)
 class KarrasSchedule(NoiseSchedule):
-    """The schedule of EDM in sigma space: sigma^(1/rho) is linear in t, and log_snr = -2 ln(sigma), sigma in units of the data.
+    """The schedule of EDM in sigma space: sigma^(1/rho) is linear in t, and log_snr = -2 ln(sigma), sigma in units of
+    the data.
 
     Arguments:
         log_snr_max, log_snr_min: -2 ln(sigma_min) and -2 ln(sigma_max).
@@ -252,8 +256,8 @@ class TabulatedNoiseSchedule(NoiseSchedule):
     """Log SNR given at equally spaced times 0, 1/(n-1), ..., 1 and linear in between.
 
     Arguments:
-        table: (n,) decreasing log SNRs, n >= 2. The last may be -inf (zero terminal SNR): all times after the last but one
-            are then -inf too, and such an interval has no finite derivative.
+        table: (n,) decreasing log SNRs, n >= 2. The last may be -inf (zero terminal SNR): all times after the last but
+            one are then -inf too, and such an interval has no finite derivative.
     Raises:
         ValueError: a table that is too short, not decreasing, or not finite elsewhere.
     """
@@ -312,10 +316,12 @@ LOG_SNR_SCHEDULES: dict[str, Callable[[float, float], NoiseSchedule]] = {
     "log_snr_linear": LinearLogSNRSchedule,
     "log_snr_cosine": CosineSchedule,
 }
-"""Schedules by the name that a scheduler's config and `train.py` know them by: (log_snr_max, log_snr_min) -> schedule."""
+"""Schedules by the name that a scheduler's config and `train.py` know them by: (log_snr_max, log_snr_min) ->
+schedule.
+"""
 
 
-# --- betas ------------------------------------------------------------------------------------------------------------
+# --- betas -----------------------------------------------------------------------------------------------------------
 
 
 def make_betas(name: str, num_steps: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
@@ -357,15 +363,16 @@ def make_betas(name: str, num_steps: int, beta_start: float = 1e-4, beta_end: fl
 
 
 def log_snr_from_betas(betas: Sequence[float] | Tensor, *, zero_terminal_snr: bool = False) -> Tensor:
-    """Log SNR of a DDPM chain: alpha_bar_i = prod_{j<=i} (1 - beta_j), log_snr_i = ln(alpha_bar_i / (1 - alpha_bar_i)).
+    """Log SNR of a DDPM chain: alpha_bar_i = prod_{j<=i} (1 - beta_j), log_snr_i = ln(alpha_bar_i / (1 -
+    alpha_bar_i)).
 
     Arguments:
         betas: (T,) with 0 < beta <= 1. A beta above 1 gives NaN from there on, for the caller to refuse.
         zero_terminal_snr: shift and scale sqrt(alpha_bar) so that the last is 0 and the first stays (Lin et al. 2024,
             "Common diffusion noise schedules and sample steps are flawed", algorithm 1), in exact arithmetic's sense.
     Returns:
-        (T,) float64, right to a few units in the last place of max(1, |log_snr|): sums are compensated, and 1 - alpha_bar is
-        never formed from a rounded alpha_bar.
+        (T,) float64, right to a few units in the last place of max(1, |log_snr|): sums are compensated, and 1 -
+        alpha_bar is never formed from a rounded alpha_bar.
     Raises:
         ValueError: betas that are no list, or a rescaling of fewer than two.
     """
@@ -410,16 +417,17 @@ def _compensated_cumsum(values: list[float]) -> list[float]:
     return sums
 
 
-# --- the timestep coordinate of schedules given in log SNR ------------------------------------------------------------
+# --- the timestep coordinate of schedules given in log SNR -----------------------------------------------------------
 
 
 def timestep_from_log_snr(
     log_snr: Tensor | float, num_train_timesteps: int, log_snr_max: float, log_snr_min: float
 ) -> Tensor:
-    """tau = T (log_snr_max - log_snr) / (log_snr_max - log_snr_min) - 1: what a network of a log-SNR schedule is fed, float64.
+    """tau = T (log_snr_max - log_snr) / (log_snr_max - log_snr_min) - 1: what a network of a log-SNR schedule is fed,
+    float64.
 
-    Linear in log SNR over the fixed envelope [log_snr_max, log_snr_min]: -1 is the clean end, T - 1 the noisy one, and integers
-    0..T-1 are the steps x_1..x_T of a chain of T steps, as in Diffusers. A learned schedule moves inside the
+    Linear in log SNR over the fixed envelope [log_snr_max, log_snr_min]: -1 is the clean end, T - 1 the noisy one, and
+    integers 0..T-1 are the steps x_1..x_T of a chain of T steps, as in Diffusers. A learned schedule moves inside the
     envelope and leaves tau's meaning alone.
     """
     return num_train_timesteps * ((log_snr_max - as_float64(log_snr)) / (log_snr_max - log_snr_min)) - 1

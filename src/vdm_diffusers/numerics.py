@@ -1,7 +1,7 @@
 """Small numerical helpers that the exact core shares: precision, broadcasting, and checks that cost nothing.
 
-Coefficients are float64 on the CPU and are cast once, where they meet a tensor. Half-precision tensors are computed with
-in float32 and rounded once at the end.
+Coefficients are float64 on the CPU and are cast once, where they meet a tensor. Half-precision tensors are computed
+with in float32 and rounded once at the end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ R = TypeVar("R")
 
 
 def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
-    """Makes `function` create its tensors on the CPU, fit for autograd, whatever default device or inference mode is set around."""
+    """Makes `function` create its tensors on the CPU, fit for autograd, whatever default device or inference mode is
+    set around.
+    """
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -30,7 +32,9 @@ def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def as_float64(value: Tensor | Sequence[float] | float) -> Tensor:
-    """`value` as a float64 tensor on its own device, or the CPU for numbers; float32 where the device has no float64 (MPS)."""
+    """`value` as a float64 tensor on its own device, or the CPU for numbers; float32 where the device has no float64
+    (MPS).
+    """
     tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
@@ -58,7 +62,8 @@ def expand_to(coefficient: Tensor, like: Tensor, dtype: torch.dtype | None = Non
     ):
         raise ValueError(
             f"a coefficient of shape {tuple(coefficient.shape)} does not go with a tensor of shape "
-            f"{tuple(like.shape)}: pass one value for all, or one for each element of the batch (shape {tuple(like.shape[:1])})."
+            f"{tuple(like.shape)}: pass one value for all, or one for each element of the batch (shape "
+            f"{tuple(like.shape[:1])})."
         )
     coefficient = coefficient.to(device=like.device, dtype=dtype or compute_dtype(like))
     return coefficient.reshape(coefficient.shape + (1,) * (like.ndim - coefficient.ndim))

@@ -1,7 +1,7 @@
 r"""Training objectives, each written once, as a weight on |eps - eps_hat|^2 that is a function of log SNR.
 
-Whatever a network predicts, its error is turned into one of eps by (alpha / det)^2 (`prediction.loss_weight_ratio`), so
-every objective applies to every prediction type.
+Whatever a network predicts, its error is turned into one of eps by (alpha / det)^2 (`prediction.loss_weight_ratio`),
+so every objective applies to every prediction type.
 
     objective        weight of |eps - eps_hat|^2 at a sampled time            source
     elbo             -1/2 d log_snr/dt, or T/2 expm1(log_snr_s - log_snr_t)   Kingma et al. 2021, equations 17, 14
@@ -12,8 +12,8 @@ every objective applies to every prediction type.
     truncated_snr    max(1, 1 / SNR), which is max(SNR, 1) on x               Salimans & Ho 2022
     mse              none: the plain error of the network's own output
 
-`elbo` comes out in bits/dim, ready to be backpropagated and read; with the prior and reconstruction terms, which a fixed
-schedule makes constant, it is the bound. All others are means over the dimensions.
+`elbo` comes out in bits/dim, ready to be backpropagated and read; with the prior and reconstruction terms, which a
+fixed schedule makes constant, it is the bound. All others are means over the dimensions.
 
 The first three carry the factor d log_snr / dt, so their expectation depends on the log-SNR range and not on how a
 schedule runs through it; the others weigh what the schedule happens to visit. VDM++ (Kingma & Gao 2023) shows more:
@@ -60,7 +60,8 @@ def epsilon_weight(
     if objective in ELBO_WEIGHTED:
         if elbo_weight is None:
             raise ValueError(
-                f"objective {objective!r} needs `elbo_weight`: pass elbo.continuous_weight(schedule.derivative(t)), or "
+                f"objective {objective!r} needs `elbo_weight`: pass elbo.continuous_weight(schedule.derivative(t)), "
+                "or "
                 "T * elbo.discrete_weight(log_snr_s, log_snr_t) for a chain of T steps."
             )
         weight = as_float64(elbo_weight) * torch.ones_like(log_snr)
@@ -93,8 +94,8 @@ def output_weight(
 ) -> Tensor:
     """The weight of |y - y_hat|^2, the error of the network's own output: epsilon's weight times (alpha / det)^2.
 
-    Float64, of log_snr's shape. `mse` gives 1. At zero terminal SNR the weights of `min_snr` and `truncated_snr` are the
-    limits, finite for predictions that are defined there.
+    Float64, of log_snr's shape. `mse` gives 1. At zero terminal SNR the weights of `min_snr` and `truncated_snr` are
+    the limits, finite for predictions that are defined there.
 
     Raises:
         ValueError: unknown objective or prediction type, a missing elbo_weight, or (on the CPU) a log_snr at which the
@@ -140,8 +141,8 @@ def diffusion_loss(
         (B,) in float32 or better; bits/dim for `elbo` (the diffusion term's unbiased estimate), else a weighted mean
         over the dimensions.
     Raises:
-        ValueError: unknown objective or prediction type, a missing elbo_weight, shapes that differ, or (on the CPU) a log_snr
-            at which the objective's error cannot be told from the network's output.
+        ValueError: unknown objective or prediction type, a missing elbo_weight, shapes that differ, or (on the CPU) a
+            log_snr at which the objective's error cannot be told from the network's output.
     Example (a loop of one's own):
         t = low_discrepancy(len(x))
         log_snr = schedule.log_snr(t)

@@ -9,12 +9,13 @@ Each type is a row (a, b): the network's target is y = a x + b eps.
     score               0        -1/sigma     the score of q(z_t | x); in expectation that of q(z_t)
     flow_prediction     -1       1            the velocity eps - x of the straight path, Liu et al. 2022
 
-Together with z = alpha x + sigma eps a row is a 2x2 system. Its determinant det = alpha b - sigma a is one term, or a sum of
-two of one sign, for every type, so that nothing cancels: x = (b z - sigma y) / det, eps = (alpha y - a z) / det, and the target of
-another row (a', b') is y' = [(a' b - b' a) z + det' y] / det. N types are N rows, not N^2 functions.
+Together with z = alpha x + sigma eps a row is a 2x2 system. Its determinant det = alpha b - sigma a is one term, or a
+sum of two of one sign, for every type, so that nothing cancels: x = (b z - sigma y) / det, eps = (alpha y - a z) /
+det, and the target of another row (a', b') is y' = [(a' b - b' a) z + det' y] / det. N types are N rows, not N^2
+functions.
 
-Where det = 0 a type says nothing of another one: epsilon at log_snr = -inf nothing of x, sample at +inf nothing of eps.
-There `convert` raises (for values on the CPU) rather than return a number.
+Where det = 0 a type says nothing of another one: epsilon at log_snr = -inf nothing of x, sample at +inf nothing of
+eps. There `convert` raises (for values on the CPU) rather than return a number.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def conversion_coefficients(
 ) -> tuple[Tensor, Tensor]:
     """(A, B) with target = A z_t + B source, float64, of log_snr's shape.
 
-    A = (a' b - b' a) / det, B = det' / det, for the source's row (a, b), the target's (a', b'), det = alpha b - sigma a.
+    A = (a' b - b' a) / det, B = det' / det, for the source's row (a, b), the target's (a', b'), det = alpha b - sigma
+    a.
 
     Raises:
         ValueError: an unknown type, or a log_snr (on the CPU) at which the source does not determine the target.
@@ -91,7 +93,8 @@ def conversion_coefficients(
     if on_host(undefined) and bool(undefined.any()):
         where = "+inf" if bool((sigma == 0).any()) else "-inf"
         raise ValueError(
-            f"a prediction of type {source!r} does not determine {target!r} at log_snr = {where}. At zero terminal SNR use a "
+            f"a prediction of type {source!r} does not determine {target!r} at log_snr = {where}. At zero terminal "
+            "SNR use a "
             "network that predicts v, flow or the sample, or leave that step out."
         )
     return z_coefficient, value_coefficient
@@ -130,7 +133,8 @@ def loss_weight_ratio(
 ) -> Tensor:
     """|y'_hat - y'|^2 / |y_hat - y|^2 for the same network read as `target` (y') and as `source` (y): (det' / det)^2.
 
-    So a loss weight on the error of `target` times this ratio is one on the error of `source`. Float64, of log_snr's shape.
+    So a loss weight on the error of `target` times this ratio is one on the error of `source`. Float64, of log_snr's
+    shape.
     """
     return conversion_coefficients(log_snr, source=source, target=target, path=path)[1] ** 2
 

@@ -1,23 +1,26 @@
 r"""The likelihood of a diffusion model as a flow: the probability-flow ODE.
 
-With y = z / alpha = x + s eps, s = sigma / alpha = e^(-log_snr / 2), the ODE with the diffusion's marginals is dy = eps_hat ds:
+With y = z / alpha = x + s eps, s = sigma / alpha = e^(-log_snr / 2), the ODE with the diffusion's marginals is dy =
+eps_hat ds:
 
     dy / d log_snr = -1/2 s eps_hat(z),     d ln p(y) / d log_snr = 1/2 s alpha tr(d eps_hat / d z),
 
-integrated from log_snr_max, where the data are, to log_snr_min, where p(z_1) = N(0, I). The interval above log_snr_max is never
-integrated. It is accounted for by starting from a draw y_0 of q(y_0 | x) instead of x: for any decoder p(x | y_0)
+integrated from log_snr_max, where the data are, to log_snr_min, where p(z_1) = N(0, I). The interval above log_snr_max
+is never integrated. It is accounted for by starting from a draw y_0 of q(y_0 | x) instead of x: for any decoder p(x |
+y_0)
 
     -ln p(x) <= E[ln q(y_0 | x) - ln p(y_0) - ln p(x | y_0)].
 
     data, dequantization          y_0                                       nats of a draw
-    integers, none                x_k + s_0 eps, decoded by VDM's softmax   ln q(y_0 | x_k) - ln p(y_0) + E[-ln p(k | z_0)]
-                                  or, for a table of betas, by DDPM's Gaussian around the network's x_hat at x_1
+    integers, none                x_k + s_0 eps, decoded by VDM's softmax   ln q(y_0 | x_k) - ln p(y_0) + E[-ln p(k |
+                                  z_0)] or, for a table of betas, by DDPM's Gaussian around the network's x_hat at x_1
     integers, uniform             x_k + bin (u - 1/2) + s_0 eps             -ln p(y_0) - D ln bin
     integers, truncated_normal    x_k + s_0 eps, truncated to the bin       ln q(y_0 | k) - ln p(y_0)
     continuous, none              x + s_0 eps, Gaussian decoder             -ln p(y_0)
 
-Source: Song et al. 2021, "Score-based generative modeling through stochastic differential equations", appendix D.2; Zheng et al. 2023,
-"Improved techniques for maximum likelihood estimation for diffusion ODEs" (truncated normal); Hutchinson 1989 (trace).
+Source: Song et al. 2021, "Score-based generative modeling through stochastic differential equations", appendix D.2;
+Zheng et al. 2023, "Improved techniques for maximum likelihood estimation for diffusion ODEs" (truncated normal);
+Hutchinson 1989 (trace).
 """
 
 from __future__ import annotations
@@ -67,15 +70,16 @@ def evaluate_flow(
         levels: (N, C, ...) integers, or floats if the model has num_levels=None.
         decoder: DDPM's, for dequantization "none"; None: VDM's softmax.
         dequantization: see the module's table.
-        divergence: `hutchinson`, v^T (d eps_hat / d z) v for one Rademacher probe v, fixed along the trajectory; or `exact`, D
-            backward passes a step.
-        rtol, atol: of the solver, SciPy's Dormand-Prince 5(4). Trajectories of a batch share their steps, which the one with the
-            largest error sets. Results therefore depend on the batch, by less than the tolerance in a step of any image.
+        divergence: `hutchinson`, v^T (d eps_hat / d z) v for one Rademacher probe v, fixed along the trajectory; or
+            `exact`, D backward passes a step.
+        rtol, atol: of the solver, SciPy's Dormand-Prince 5(4). Trajectories of a batch share their steps, which the
+            one with the largest error sets. Results therefore depend on the batch, by less than the tolerance in a
+            step of any image.
         batch_size: trajectories at a time.
         seed: of the draws and probes, which do not depend on the batch.
         target_standard_error: bits/dim; go on with further trajectories until the error is at most this.
-        max_model_evaluations: where to stop. What a trajectory costs is the solver's choice: the first two of every image show it, and
-            as many follow as should fit.
+        max_model_evaluations: where to stop. What a trajectory costs is the solver's choice: the first two of every
+            image show it, and as many follow as should fit.
         progress: called with the number of trajectories done, after every batch.
         runner: see `vdm_diffusers.repetitions`.
     Raises:
@@ -96,7 +100,8 @@ def evaluate_flow(
         raise ValueError(f"continuous data are not dequantized, got dequantization={dequantization!r}.")
     if not (math.isfinite(log_snr_max) and math.isfinite(log_snr_min)):
         raise ValueError(
-            f"the ODE needs finite end points, got log_snr from {log_snr_max} to {log_snr_min}: take method='discrete'."
+            f"the ODE needs finite end points, got log_snr from {log_snr_max} to {log_snr_min}: take "
+            "method='discrete'."
         )
     if num_samples < 2:
         raise ValueError(
@@ -242,7 +247,8 @@ def _derivative(
         flat = eps.flatten(1)
         if not flat.requires_grad:
             raise ValueError(
-                "the model's output does not depend on its input as far as autograd can see (a constant, or a call under no_grad or "
+                "the model's output does not depend on its input as far as autograd can see (a constant, or a call "
+                "under no_grad or "
                 "of detached values): method='ode' needs the divergence. Take method='continuous'."
             )
         if divergence == "hutchinson":

@@ -1,8 +1,10 @@
-"""Independent repetitions of an estimate, and the work that they are: done here, shared among processes, or kept on disk.
+"""Independent repetitions of an estimate, and the work that they are: done here, shared among processes, or kept on
+disk.
 
-Estimators that are no sum over sites (`vdm_diffusers.likelihood.evaluate_importance_weighted`, `probability_flow.evaluate_flow`,
-`latent_evaluation.evaluate_latent_likelihood`) are repeated with independent noise; the scatter of the repetitions is their error.
-`likelihood.evaluate_bound` has an error from shifted lattices instead, and shares the runner and the rule for how to go on.
+Estimators that are no sum over sites (`vdm_diffusers.likelihood.evaluate_importance_weighted`,
+`probability_flow.evaluate_flow`, `latent_evaluation.evaluate_latent_likelihood`) are repeated with independent noise;
+the scatter of the repetitions is their error. `likelihood.evaluate_bound` has an error from shifted lattices instead,
+and shares the runner and the rule for how to go on.
 """
 
 from __future__ import annotations
@@ -63,9 +65,11 @@ class Budget:
         return max(0, int(self.max_model_evaluations / cost) - done)
 
     def next_round(self, error_of_one: float, done: int, most: int, least: int) -> int:
-        """How many more are to follow what was `done`, in multiples of `least`, at most about `most`; 0: the target is reached.
+        """How many more are to follow what was `done`, in multiples of `least`, at most about `most`; 0: the target is
+        reached.
 
-        `error_of_one` is the error of an estimate from one alone, itself an estimate: two fifths more are taken than it asks for.
+        `error_of_one` is the error of an estimate from one alone, itself an estimate: two fifths more are taken than
+        it asks for.
         """
         if self.target_standard_error is None:
             return 0
@@ -108,8 +112,8 @@ def repeat(
         draw: (images (M,), repetitions (M,)) -> (1 + V, M) float64: the evaluations that each took, and its values.
         first: at least 2.
         batch_size: what `draw` is given at a time, at most.
-        cost: evaluations of one repetition of one image. None: it shows only as they run; then two repetitions come first, and the
-            budget says how many follow.
+        cost: evaluations of one repetition of one image. None: it shows only as they run; then two repetitions come
+            first, and the budget says how many follow.
         separate_images: whether images are independent of each other within a repetition.
     Raises:
         ValueError: a budget that does not allow the first repetitions.
@@ -142,7 +146,8 @@ def repeat(
     if decided.shape[1] < first and (size := min(first - decided.shape[1], room(decided))) > 0:
         decided = torch.cat([decided, more(size)], dim=1)
     reported = decided[:, :0]
-    # independent repetitions decide how many follow: an estimate that stops where its own error is low stops where it is low itself
+    # independent repetitions decide how many follow: an estimate that stops where its own error is low stops where it
+    # is low itself
     fewest = max(2, math.ceil(_LEAST_FREEDOM / (num_images if separate_images else 1)) + 1)
     while budget.target_standard_error is not None:
         number, deciding = reported.shape[1], decided.shape[1]

@@ -7,8 +7,9 @@ The mean of p(z_s | z_t) is the posterior's with x_hat in place of x. Its varian
     optimal       posterior + (coefficient of x)^2 E|x - x_hat|^2 / D              minimises the ELBO's step
     learned       the network's logarithm of it, or an interpolation of the logarithms of posterior and forward
 
-with c = 1 - SNR_t / SNR_s. With the optimal variance a step costs, in expectation, D/2 ln(1 + (SNR_s - SNR_t) mse_t) nats instead
-of D/2 (SNR_s - SNR_t) mse_t, mse_t = E|x - x_hat|^2 / D, for any network. The first two bracket the optimum for data of unit variance; the third lies between them.
+with c = 1 - SNR_t / SNR_s. With the optimal variance a step costs, in expectation, D/2 ln(1 + (SNR_s - SNR_t) mse_t)
+nats instead of D/2 (SNR_s - SNR_t) mse_t, mse_t = E|x - x_hat|^2 / D, for any network. The first two bracket the
+optimum for data of unit variance; the third lies between them.
 
 Source: Ho et al. 2020, section 3.2; Nichol & Dhariwal 2021, equation 15; Bao et al. 2022, "Analytic-DPM", theorem 1.
 """
@@ -52,7 +53,8 @@ def forward_variance(log_snr_s: Tensor | float, log_snr_t: Tensor | float) -> Te
 
 
 def learned_range_variance(fraction: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """exp(v ln high + (1 - v) ln low), v = (fraction + 1) / 2: a network's output in [-1, 1] as a variance, elementwise.
+    """exp(v ln high + (1 - v) ln low), v = (fraction + 1) / 2: a network's output in [-1, 1] as a variance,
+    elementwise.
 
     Arguments:
         fraction: (B, ...) the network's second half of channels. low, high: () or (B,), the two ends of the range.
@@ -65,15 +67,16 @@ def learned_range_variance(fraction: Tensor, low: Tensor | float, high: Tensor |
 
 @dataclass(frozen=True, eq=False)
 class OptimalVariance:
-    """mse(log_snr) = E|x - x_hat|^2 / D of a network, from which the optimal reverse variance follows: one number, or one for each
-    radial band of the cosine transform of each channel (`frequency.RadialBands`), of images of one size.
+    """mse(log_snr) = E|x - x_hat|^2 / D of a network, from which the optimal reverse variance follows: one number, or
+    one for each radial band of the cosine transform of each channel (`frequency.RadialBands`), of images of one size.
 
     The step's optimal variance among all that are diagonal in the cosine transform and equal within a band is
     posterior + (coefficient of x)^2 mse_band, for any network.
 
     Attributes:
         log_snr: (K,) increasing.
-        mse: (K,), or (K, C, bands), not negative: ln mse is linear in between (mse itself next to zeros), constant outside.
+        mse: (K,), or (K, C, bands), not negative: ln mse is linear in between (mse itself next to zeros), constant
+            outside.
         shape: (C, H, W) of the images, with a mse for each band; else None.
     Raises:
         ValueError: lists that do not fit, log SNRs that are not distinct and finite, or a negative mse.
@@ -94,7 +97,8 @@ class OptimalVariance:
         if log_snr.ndim != 1 or mse.shape != (*log_snr.shape, *rest) or len(mse) == 0:
             each = f", {rest[0]} channels x {rest[1]} bands of shape {self.shape}" if rest else ""
             raise ValueError(
-                f"`log_snr` and `mse` must be two lists of one length{each}, got shapes {tuple(log_snr.shape)} and {tuple(mse.shape)}."
+                f"`log_snr` and `mse` must be two lists of one length{each}, got shapes {tuple(log_snr.shape)} and "
+                f"{tuple(mse.shape)}."
             )
         if not (bool(log_snr.isfinite().all()) and bool(mse.isfinite().all())):
             raise ValueError("`log_snr` and `mse` must be finite numbers.")
@@ -107,13 +111,16 @@ class OptimalVariance:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> OptimalVariance:
-        """From the scheduler's config key `optimal_variance`: {"log_snr": [...], "mse": [...]}, besides "shape": [C, H, W] with bands."""
+        """From the scheduler's config key `optimal_variance`: {"log_snr": [...], "mse": [...]}, besides "shape": [C,
+        H, W] with bands.
+        """
         try:
             log_snr, mse = (torch.tensor(config[key], dtype=torch.float64) for key in ("log_snr", "mse"))
             shape = None if config.get("shape") is None else tuple(config["shape"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                "`optimal_variance` must hold two lists of one length, `log_snr` and `mse` (with one entry for each channel and "
+                "`optimal_variance` must hold two lists of one length, `log_snr` and `mse` (with one entry for each "
+                "channel and "
                 "band if there is a `shape`): what estimate_optimal_variance(...) returns."
             ) from error
         return cls(log_snr, mse, cast("tuple[int, int, int] | None", shape))
@@ -141,7 +148,8 @@ class OptimalVariance:
         """Raise ValueError unless images of `shape` (C, H, W) are those whose bands were measured."""
         if self.shape is not None and tuple(shape) != self.shape:
             raise ValueError(
-                f"the scheduler's `optimal_variance` was measured for each frequency of images of shape {self.shape}, got "
+                f"the scheduler's `optimal_variance` was measured for each frequency of images of shape {self.shape}, "
+                "got "
                 f"{tuple(shape)}. Measure it again at this size, or without per_frequency=True."
             )
 
@@ -217,7 +225,8 @@ def optimal_grid(
 ) -> Tensor:
     """The `num_steps` steps through `candidates` whose bound is smallest in expectation: (num_steps + 1,) log SNRs.
 
-    Dynamic programming over the candidates: cost_k(t) = min over s < t of cost_{k-1}(s) + KL(s, t). Both ends are kept.
+    Dynamic programming over the candidates: cost_k(t) = min over s < t of cost_{k-1}(s) + KL(s, t). Both ends are
+    kept.
 
     Arguments:
         optimal: the mse that the costs are computed from.
@@ -233,13 +242,17 @@ def optimal_grid(
 def step_costs(
     optimal: OptimalVariance, candidates: Tensor, variance: Literal["posterior", "optimal"] = "optimal"
 ) -> Tensor:
-    """(M, M) the expected nats a dimension of a step to candidate [row] from candidate [column], infinite unless row < column."""
+    """(M, M) the expected nats a dimension of a step to candidate [row] from candidate [column], infinite unless row
+    < column.
+    """
     step = optimal.step_nats(candidates[:, None], candidates, variance)
     return torch.where(torch.ones_like(step, dtype=torch.bool).triu(1), step, math.inf)
 
 
 def shortest_path(step: Tensor, num_steps: int) -> Tensor:
-    """(num_steps + 1,) the indices of the cheapest path of so many steps from the first to the last candidate; see `optimal_grid`."""
+    """(num_steps + 1,) the indices of the cheapest path of so many steps from the first to the last candidate; see
+    `optimal_grid`.
+    """
     count = len(step)
     if not 1 <= num_steps < count:
         raise ValueError(

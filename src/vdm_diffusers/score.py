@@ -5,15 +5,16 @@ For z_t = alpha x + sigma eps, whatever the distribution of x (Tweedie's formula
     E[x | z_t]   = (z_t + sigma^2 s(z_t)) / alpha
     Cov[x | z_t] = (sigma^2 / alpha^2) (I + sigma^2 grad s(z_t)),
 
-so a network that predicts the noise (eps_hat = -sigma s) or the data (x_hat, the mean above) is a score model, and the other
-way round; `vdm_diffusers.prediction.convert` goes between them. A score also gives a Markov chain that leaves q(z_t)
-unchanged (Langevin's), which corrects what the steps of a sampler got wrong: a predictor-corrector sampler alternates the two.
+so a network that predicts the noise (eps_hat = -sigma s) or the data (x_hat, the mean above) is a score model, and the
+other way round; `vdm_diffusers.prediction.convert` goes between them. A score also gives a Markov chain that leaves
+q(z_t) unchanged (Langevin's), which corrects what the steps of a sampler got wrong: a predictor-corrector sampler
+alternates the two.
 
 A score model is a callable `score(z_t, log_snr)`: (B, ...) and () float64 on the CPU -> (B, ...).
 
 Source: Efron 2011, "Tweedie's formula and selection bias"; Luo 2022, "Understanding Diffusion Models: A Unified
-Perspective", the sections on three equivalent interpretations and on score-based models; Song et al. 2021, "Score-based
-generative modeling through stochastic differential equations", section 4.2.
+Perspective", the sections on three equivalent interpretations and on score-based models; Song et al. 2021,
+"Score-based generative modeling through stochastic differential equations", section 4.2.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def tweedie_mean(z_t: Tensor, score: Tensor, log_snr: Tensor | float, *, path: P
 
 
 def tweedie_covariance(score: ScoreFunction, z_t: Tensor, log_snr: Tensor | float, *, path: Path = "vp") -> Tensor:
-    """Cov[x | z_t] = (sigma^2 / alpha^2) (I + sigma^2 grad s(z_t)): (B, D, D) with D the number of dimensions of a sample.
+    """Cov[x | z_t] = (sigma^2 / alpha^2) (I + sigma^2 grad s(z_t)): (B, D, D) with D the number of dimensions of a
+    sample.
 
     The Jacobian takes D backward passes; where D is large use `tweedie_covariance_product`. A true score's Jacobian is
     symmetric, a network's need not be: its symmetric part is returned.
@@ -96,10 +98,12 @@ def langevin_step(z_t: Tensor, score: Tensor, step_size: Tensor | float, noise: 
 
 
 def corrector_step_size(log_snr: Tensor | float, signal_to_noise_ratio: float = 0.16, *, path: Path = "vp") -> Tensor:
-    """h = 2 (r sigma_t)^2: the step at which Langevin's drift has r times the length of its noise. Float64, of log_snr's shape.
+    """h = 2 (r sigma_t)^2: the step at which Langevin's drift has r times the length of its noise. Float64, of
+    log_snr's shape.
 
-    Song et al. take h = 2 (r |noise| / |score|)^2 of the batch at hand. Here both lengths stand for their expectations,
-    sqrt(D) and sqrt(D) / sigma_t, so that a sample depends neither on its neighbours nor on its own noise through h.
+    Song et al. take h = 2 (r |noise| / |score|)^2 of the batch at hand. Here both lengths stand for their
+    expectations, sqrt(D) and sqrt(D) / sigma_t, so that a sample depends neither on its neighbours nor on its own
+    noise through h.
 
     Raises:
         ValueError: a ratio that is not positive.

@@ -35,8 +35,8 @@ class Steps(NamedTuple):
 def default_grid(timeline: Timeline, num_steps: int, *, optimal_variance: bool) -> Grid:
     """The grid that is used unless one is asked for.
 
-    "time"; but with the optimal reverse variance, which is worth little on it, "optimal" below the number of steps that the
-    network was trained on, and "log_snr", which is as good there, from it on.
+    "time"; but with the optimal reverse variance, which is worth little on it, "optimal" below the number of steps
+    that the network was trained on, and "log_snr", which is as good there, from it on.
     """
     if not optimal_variance:
         return "time"
@@ -57,12 +57,15 @@ def place_steps(
     """The `num_steps` steps of a chain on `timeline`.
 
     Arguments:
-        num_steps: n >= 1; at most T where a chain may visit the T entries of a table alone, and then n = T is all of them.
+        num_steps: n >= 1; at most T where a chain may visit the T entries of a table alone, and then n = T is all of
+            them.
         grid: see the module.
         spacing, offset: of the grid "time", see `integer_timesteps` and `fractional_times`.
-        optimal, variance: of the grid "optimal": the network's mean squared errors, and the reverse variance whose bound counts.
-        ends_at_mean: whether the last step returns x_hat, as it does in a table of betas. It then adds no noise, and the grid
-            "optimal" puts it where little is left: at timestep 0 of a table, one training step above z_0 elsewhere.
+        optimal, variance: of the grid "optimal": the network's mean squared errors, and the reverse variance whose
+            bound counts.
+        ends_at_mean: whether the last step returns x_hat, as it does in a table of betas. It then adds no noise, and
+            the grid "optimal" puts it where little is left: at timestep 0 of a table, one training step above z_0
+            elsewhere.
     Raises:
         ValueError: a number of steps out of range; an unknown grid; the grid "optimal" without `optimal`.
     """
@@ -72,7 +75,8 @@ def place_steps(
         raise ValueError(f"`num_steps` must be at least 1, got {num_steps}.")
     if grid == "optimal" and optimal is None:
         raise ValueError(
-            "the grid 'optimal' needs the network's mean squared errors: put what estimate_optimal_variance(...) returns "
+            "the grid 'optimal' needs the network's mean squared errors: put what estimate_optimal_variance(...) "
+            "returns "
             "into the scheduler's config, VDMScheduler.from_config(scheduler.config, optimal_variance=...)."
         )
     if timeline.entries is None:
@@ -93,7 +97,8 @@ def _among_entries(
     total = len(entries)
     if num_steps > total:
         raise ValueError(
-            f"`num_inference_steps` must not exceed the {total} timesteps that the model was trained on, got {num_steps}."
+            f"`num_inference_steps` must not exceed the {total} timesteps that the model was trained on, got "
+            f"{num_steps}."
         )
     if num_steps == total:
         index = torch.arange(total - 1, -1, -1)
@@ -142,13 +147,14 @@ def integer_timesteps(spacing: str, num_steps: int, num_train_timesteps: int, of
     """Exactly `num_steps` distinct integer timesteps in [0, T - 1], descending: (n,) int64, n <= T.
 
     trailing: round(T i / n) - 1, from T - 1 on. linspace: both ends and equal spacing; one step alone starts at T - 1.
-    leading: multiples of T // n plus `offset` (kept below T); where that ratio is 1 and n < T it would start pure noise in
-    mid-schedule, and the steps are spread like linspace.
+    leading: multiples of T // n plus `offset` (kept below T); where that ratio is 1 and n < T it would start pure
+    noise in mid-schedule, and the steps are spread like linspace.
 
     Raises:
         ValueError: an unknown spacing.
-    Source: Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", table 2. In NumPy's floating point,
-        which Diffusers uses, so that ties are rounded to the same side; what Diffusers gets wrong is the number of steps.
+    Source: Lin et al. 2024, "Common diffusion noise schedules and sample steps are flawed", table 2. In NumPy's
+        floating point, which Diffusers uses, so that ties are rounded to the same side; what Diffusers gets wrong is
+        the number of steps.
     """
     n, last = num_steps, num_train_timesteps - 1
     ratio = num_train_timesteps // n
@@ -168,7 +174,8 @@ def integer_timesteps(spacing: str, num_steps: int, num_train_timesteps: int, of
 def fractional_times(spacing: str, num_steps: int, num_train_timesteps: int, offset: int = 0) -> Tensor:
     """`num_steps` times in (0, 1], descending, uniform in t: (n,) float64; any number of steps.
 
-    trailing: i / n, from 1 down to 1/n. linspace: from 1 down to 1/T. leading: i / n from 0 on, moved up by (1 + offset) / T.
+    trailing: i / n, from 1 down to 1/n. linspace: from 1 down to 1/T. leading: i / n from 0 on, moved up by (1 +
+    offset) / T.
 
     Raises:
         ValueError: an unknown spacing.
@@ -186,7 +193,8 @@ def fractional_times(spacing: str, num_steps: int, num_train_timesteps: int, off
 
 
 def even_entries(log_snrs: Tensor, num_steps: int) -> Tensor:
-    """Which `num_steps` entries of a decreasing table are about evenly spaced in log SNR: increasing indices, both ends included.
+    """Which `num_steps` entries of a decreasing table are about evenly spaced in log SNR: increasing indices, both
+    ends included.
 
     A last entry of -inf (zero terminal SNR) counts for itself: the others are spread over the finite ones.
     """

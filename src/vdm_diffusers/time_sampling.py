@@ -1,8 +1,8 @@
 """Drawing the times of a training batch, and noise that is spread evenly.
 
-The ELBO is an expectation over t ~ U[0, 1]. A stratified batch has one time in each of its n equal cells, which takes most
-of the variance out of the average at no cost (Kingma et al. 2021, appendix I.1). It helps as far as the strata reach, so
-they span the global batch: all processes and all micro-batches of one optimiser step.
+The ELBO is an expectation over t ~ U[0, 1]. A stratified batch has one time in each of its n equal cells, which takes
+most of the variance out of the average at no cost (Kingma et al. 2021, appendix I.1). It helps as far as the strata
+reach, so they span the global batch: all processes and all micro-batches of one optimiser step.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def low_discrepancy(
     total: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """t_i = mod(u_0 + i / n, 1): (num_samples,) float64 on the CPU, each of them uniform, one in each cell of width 1/n.
+    """t_i = mod(u_0 + i / n, 1): (num_samples,) float64 on the CPU, each of them uniform, one in each cell of width
+    1/n.
 
     Arguments:
         num_samples: how many of the n times to return.
@@ -41,7 +42,8 @@ def low_discrepancy(
     total = num_samples if total is None else total
     if not (0 <= offset and num_samples >= 0 and offset + num_samples <= total):
         raise ValueError(
-            f"times {offset} to {offset + num_samples - 1} do not lie in a global batch of {total}: `total` counts the samples "
+            f"times {offset} to {offset + num_samples - 1} do not lie in a global batch of {total}: `total` counts "
+            "the samples "
             "of all processes and micro-batches."
         )
     if shift is None:
@@ -51,7 +53,8 @@ def low_discrepancy(
 
 
 def fold(u: Tensor) -> Tensor:
-    """u -> 1 - |2 u - 1|, which keeps U[0, 1] uniform and removes the jump of a stratified average where u wraps around.
+    """u -> 1 - |2 u - 1|, which keeps U[0, 1] uniform and removes the jump of a stratified average where u wraps
+    around.
 
     A function of the time need not agree at its two ends; its composition with the fold does, and a shifted lattice
     rule then converges with the square of its size. Source: Hickernell 2002, "Obtaining O(N^{-2+eps}) convergence for
@@ -61,9 +64,11 @@ def fold(u: Tensor) -> Tensor:
 
 
 def latin_hypercube(num_samples: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Noises of which each is standard normal, and which have in every coordinate one value in each n-th of the distribution.
+    """Noises of which each is standard normal, and which have in every coordinate one value in each n-th of the
+    distribution.
 
-    A function's average over them has the variance of independent noises less that of its additive part, sum_i g_i(eps_i), for n large.
+    A function's average over them has the variance of independent noises less that of its additive part, sum_i
+    g_i(eps_i), for n large.
 
     Returns:
         (num_samples, *shape) float32 on the CPU.

@@ -5,16 +5,17 @@ A network is trained on timesteps, the maths of a Gaussian diffusion sees log SN
     timestep  <->  log SNR  <->  t in [0, 1]
            Timeline        NoiseSchedule
 
-A timeline holds both maps, and the path on which the log SNR is meant. Schedulers, evaluators and trainers take one and ask
-it; none of them asks what kind it is.
+A timeline holds both maps, and the path on which the log SNR is meant. Schedulers, evaluators and trainers take one
+and ask it; none of them asks what kind it is.
 
     BetaTableTimeline    timestep i in 0..T-1 is x_{i+1} of a table of T betas; -1 is clean data, where its chains end
     LogSNRTimeline       tau = T (log_snr_max - log_snr) / (log_snr_max - log_snr_min) - 1; its chains end at z_0
-    FlowTimeline         T sigma of the straight path z = (1 - sigma) x + sigma eps; 0 is clean data, where its chains end
-    SigmaTimeline        ln(sigma) / 4 of z = x + sigma eps, as EDM feeds it; -inf is clean data, where its chains end
+    FlowTimeline         T sigma of the straight path z = (1 - sigma) x + sigma eps; 0 is clean data, where its chains
+    end SigmaTimeline        ln(sigma) / 4 of z = x + sigma eps, as EDM feeds it; -inf is clean data, where its chains
+    end
 
-Every path is the variance-preserving one with its latents rescaled: z of one is z of the other times a factor that log SNR alone
-gives. That factor, and what the network's output means there, is what an evaluator asks a timeline for.
+Every path is the variance-preserving one with its latents rescaled: z of one is z of the other times a factor that log
+SNR alone gives. That factor, and what the network's output means there, is what an evaluator asks a timeline for.
 
 Log SNRs and timesteps are float64. They lie where the argument lies: numbers and lists on the CPU.
 """
@@ -69,7 +70,9 @@ class Timeline(ABC):
     @property
     @abstractmethod
     def entries(self) -> Tensor | None:
-        """(T,) decreasing log SNRs of timesteps 0..T-1, if a chain may visit these alone; None: it may visit any timestep."""
+        """(T,) decreasing log SNRs of timesteps 0..T-1, if a chain may visit these alone; None: it may visit any
+        timestep.
+        """
 
     @property
     @abstractmethod
@@ -115,7 +118,8 @@ class Timeline(ABC):
         """Raise ValueError, which names the range and the first offender, if a timestep lies outside the timeline."""
 
     def denoising(self, log_snr: Tensor, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
-        """(a, b) with x_hat = a z + b y: z on this timeline's path, y the network's output. Float64, of log_snr's shape.
+        """(a, b) with x_hat = a z + b y: z on this timeline's path, y the network's output. Float64, of log_snr's
+        shape.
 
         NaN where the output says nothing of x: noise or score at log SNR -inf.
         """
@@ -128,23 +132,30 @@ class Timeline(ABC):
         return False
 
     def input_scale(self, log_snr: Tensor) -> Tensor:
-        """What the variance-preserving z_t is multiplied by to become the network's input. Float64, of log_snr's shape."""
+        """What the variance-preserving z_t is multiplied by to become the network's input.
+
+        Float64, of log_snr's shape.
+        """
         alpha, _ = alpha_sigma(log_snr, self.path)
         return alpha / alpha_sigma(log_snr, "vp")[0]
 
     def on_vp(self, log_snr: Tensor, prediction_type: PredictionType) -> tuple[PredictionType, Tensor, Tensor]:
-        """(type, a, b): a z + b y is a prediction of this type on the variance-preserving path, z and the network's output y there."""
+        """(type, a, b): a z + b y is a prediction of this type on the variance-preserving path, z and the network's
+        output y there.
+        """
         one = torch.ones_like(log_snr)
         return prediction_type, 0 * one, one
 
 
 @dataclass(frozen=True, eq=False)
 class BetaTableTimeline(Timeline):
-    """The timeline of a table of T betas: timestep i in 0..T-1 is x_{i+1}, fractions are linear in log SNR, -1 is clean data.
+    """The timeline of a table of T betas: timestep i in 0..T-1 is x_{i+1}, fractions are linear in log SNR, -1 is
+    clean data.
 
     Arguments:
-        table: (T,) log SNRs of x_1..x_T, see `noise_schedules.log_snr_from_betas`. They should decrease and be finite, but for
-            a last one of -inf (zero terminal SNR); a table that is not so serves where it is, and has no `noise_schedule`.
+        table: (T,) log SNRs of x_1..x_T, see `noise_schedules.log_snr_from_betas`. They should decrease and be finite,
+            but for a last one of -inf (zero terminal SNR); a table that is not so serves where it is, and has no
+            `noise_schedule`.
     Raises:
         ValueError: a table that is not a list of at least one number.
     """
@@ -167,7 +178,8 @@ class BetaTableTimeline(Timeline):
         same = (table.diff() == 0).nonzero()
         if len(same):
             raise ValueError(
-                f"`betas` must be positive, got 0 (to rounding) at entry {int(same[0]) + 1}: such a step adds no noise, and its "
+                f"`betas` must be positive, got 0 (to rounding) at entry {int(same[0]) + 1}: such a step adds no "
+                "noise, and its "
                 "two ends are one. Leave it out of the table."
             )
         if len(table) == 1:
@@ -236,8 +248,9 @@ class BetaTableTimeline(Timeline):
 class LogSNRTimeline(Timeline):
     """The timeline of a schedule given in log SNR: tau = T (log_snr_max - log_snr) / (log_snr_max - log_snr_min) - 1.
 
-    Linear in log SNR over a fixed envelope, whose clean end is tau = -1 and whose noisy end T - 1. The noise schedule says how
-    log SNR goes with time; a learned one moves inside the envelope and leaves tau's meaning, the network's input, alone.
+    Linear in log SNR over a fixed envelope, whose clean end is tau = -1 and whose noisy end T - 1. The noise schedule
+    says how log SNR goes with time; a learned one moves inside the envelope and leaves tau's meaning, the network's
+    input, alone.
 
     Arguments:
         num_timesteps: T.
@@ -312,10 +325,11 @@ class LogSNRTimeline(Timeline):
 
 @dataclass(frozen=True, eq=False)
 class FlowTimeline(Timeline):
-    """The timeline of flow matching: T sigma, on the path z = (1 - sigma) x + sigma eps, where log_snr = 2 ln((1 - sigma) / sigma).
+    """The timeline of flow matching: T sigma, on the path z = (1 - sigma) x + sigma eps, where log_snr = 2 ln((1 -
+    sigma) / sigma).
 
-    0 is clean data, T pure noise. `noise_schedule` is that of sigma = shift u / (1 + (shift - 1) u), for u from 1/T to 1 - 1/T: the
-    two ends, where log SNR is infinite, belong to chains but not to a schedule.
+    0 is clean data, T pure noise. `noise_schedule` is that of sigma = shift u / (1 + (shift - 1) u), for u from 1/T to
+    1 - 1/T: the two ends, where log SNR is infinite, belong to chains but not to a schedule.
 
     Arguments:
         num_timesteps: T.
@@ -384,7 +398,10 @@ class FlowTimeline(Timeline):
             raise ValueError(f"timesteps must lie in [0, {self.num_timesteps}], got {_first(timesteps, wrong)}.")
 
     def extrapolates_output(self, prediction_type: PredictionType) -> bool:
-        """For velocities: a flow is nearly straight in sigma. In log SNR the usual grids' last step is far too long for a second order."""
+        """For velocities: a flow is nearly straight in sigma.
+
+        In log SNR the usual grids' last step is far too long for a second order.
+        """
         return prediction_type == "flow_prediction"
 
     def denoising(self, log_snr: Tensor, prediction_type: PredictionType) -> tuple[Tensor, Tensor]:
@@ -404,13 +421,16 @@ class FlowTimeline(Timeline):
 
 @dataclass(frozen=True, eq=False)
 class SigmaTimeline(Timeline):
-    r"""The timeline of EDM: the network is fed ln(sigma) / 4, on the path z = x + sigma eps, where log_snr = -2 ln(sigma).
+    r"""The timeline of EDM: the network is fed ln(sigma) / 4, on the path z = x + sigma eps, where log_snr = -2
+    ln(sigma).
 
     The network is preconditioned. Its input is c_in z, and x_hat = c_skip z + c_out y, with
 
-        c_in = 1 / sqrt(sigma^2 + d^2)    c_skip = d^2 / (sigma^2 + d^2)    c_out = sigma d / sqrt(sigma^2 + d^2),    d = sigma_data.
+        c_in = 1 / sqrt(sigma^2 + d^2)    c_skip = d^2 / (sigma^2 + d^2)    c_out = sigma d / sqrt(sigma^2 + d^2),    d
+        = sigma_data.
 
-    In units of d that is the variance-preserving path, and y is -v. With prediction type "v_prediction" c_out has the other sign.
+    In units of d that is the variance-preserving path, and y is -v. With prediction type "v_prediction" c_out has the
+    other sign.
 
     Arguments:
         sigma_min, sigma_max, rho: of the noise schedule, see `noise_schedules.KarrasSchedule`.
@@ -499,7 +519,8 @@ class SigmaTimeline(Timeline):
     def on_vp(self, log_snr: Tensor, prediction_type: PredictionType) -> tuple[PredictionType, Tensor, Tensor]:
         alpha, sigma = alpha_sigma(log_snr, "vp")
         _, c_out = self.denoising(log_snr, prediction_type)
-        # v = (alpha z - x_hat) / sigma, z on the variance-preserving path, and alpha^2 - c_skip = (1 - d^2) alpha^2 lost^2
+        # v = (alpha z - x_hat) / sigma, z on the variance-preserving path, and alpha^2 - c_skip = (1 - d^2) alpha^2
+        # lost^2
         lost = alpha_sigma(self._units(log_snr), "vp")[1]
         return "v_prediction", (1 - self.sigma_data**2) * lost**2 * alpha / sigma, -c_out / sigma
 

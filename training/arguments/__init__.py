@@ -1,8 +1,8 @@
 """The arguments of the scripts: dataclasses, their command line, and recipes in YAML.
 
-A recipe (`--config recipe.yaml`) is read as if its entries stood on the command line before the real ones: every value is converted to
-its argument's type, an unknown key is refused, and the command line has the last word. Nothing here imports torch: `--help` and
-a mistyped argument are answered at once.
+A recipe (`--config recipe.yaml`) is read as if its entries stood on the command line before the real ones: every value
+is converted to its argument's type, an unknown key is refused, and the command line has the last word. Nothing here
+imports torch: `--help` and a mistyped argument are answered at once.
 """
 
 from .checks import ELBO_WEIGHTED, LOG_SNR_SCHEDULES, check_arguments, trains_in_discrete_time

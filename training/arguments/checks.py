@@ -88,7 +88,8 @@ def _check_diffusion(arguments: Arguments) -> None:
     diffusion, run = arguments.diffusion, arguments.run
     if not diffusion.log_snr_max > diffusion.log_snr_min:
         raise ValueError(
-            f"--log_snr_max must exceed --log_snr_min, got {diffusion.log_snr_max} <= {diffusion.log_snr_min}. Did you "
+            f"--log_snr_max must exceed --log_snr_min, got {diffusion.log_snr_max} <= {diffusion.log_snr_min}. Did "
+            "you "
             "pass gamma? log SNR = -gamma."
         )
     if arguments.model.class_dropout and not arguments.model.class_conditional:
@@ -151,6 +152,7 @@ def _check_learning(args: DiffusionArguments) -> None:
         )
     if args.variance_type != "fixed_small" and not trains_in_discrete_time(args):
         raise ValueError(
-            f"--variance_type {args.variance_type} needs --train_time discrete: in continuous time every variance is the "
+            f"--variance_type {args.variance_type} needs --train_time discrete: in continuous time every variance is "
+            "the "
             "posterior's."
         )

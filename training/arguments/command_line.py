@@ -25,7 +25,10 @@ def make_parser() -> Parser:
     parser = Parser(
         GROUPS,
         usage="%(prog)s [--config RECIPE.yaml] [--argument VALUE ...]",
-        description="Train a variational diffusion model. With neither data nor recipe: the 8x8 digits, by recipes/digits.yaml.",
+        description=(
+            "Train a variational diffusion model. With neither data nor recipe: the 8x8 digits, by "
+            "recipes/digits.yaml."
+        ),
     )
     parser.add_argument("--config", metavar="RECIPE.yaml", help="File of arguments; the command line overrides it.")
     return parser
@@ -34,8 +37,9 @@ def make_parser() -> Parser:
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """The arguments of a run from its command line (default: sys.argv), checked.
 
-    Precedence: command line, then the recipe, then the defaults. The recipe is --config's; without it, and without a data
-    set on the command line, it is the one for the embedded digits. A data set on the command line replaces the recipe's whole.
+    Precedence: command line, then the recipe, then the defaults. The recipe is --config's; without it, and without a
+    data set on the command line, it is the one for the embedded digits. A data set on the command line replaces the
+    recipe's whole.
     """
     parser = make_parser()
     tokens = sys.argv[1:] if argv is None else list(argv)

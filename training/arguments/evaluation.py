@@ -24,14 +24,16 @@ class EvaluateArguments:
 
     checkpoint: str = argument(
         "outputs/digits",
-        "Folder that train.py wrote (also a checkpoint-N in it; of any --model), or a pipeline on the Hub with unet and "
+        "Folder that train.py wrote (also a checkpoint-N in it; of any --model), or a pipeline on the Hub with unet "
+        "and "
         "scheduler.",
         basic=True,
         path=True,
     )
     split: str | None = argument(
         None,
-        "Split to evaluate; none: the data set's own test split if it has one, else the images held out while training. "
+        "Split to evaluate; none: the data set's own test split if it has one, else the images held out while "
+        "training. "
         "'held_out' names the latter.",
         basic=True,
     )
@@ -40,13 +42,15 @@ class EvaluateArguments:
     )
     against: str | None = argument(
         None,
-        "Another model, as --checkpoint: also the difference of the two, from shared noise, with a far smaller error than two figures have.",
+        "Another model, as --checkpoint: also the difference of the two, from shared noise, with a far smaller "
+        "error than two figures have.",
         path=True,
         basic=True,
     )
     method: Literal["auto", "continuous", "discrete", "importance_weighted", "ode"] = argument(
         "auto",
-        "ELBO in continuous time, or of a chain of --num_steps steps, its K-sample bound, or the probability-flow ODE; auto: "
+        "ELBO in continuous time, or of a chain of --num_steps steps, its K-sample bound, or the probability-flow "
+        "ODE; auto: "
         "by the schedule's kind.",
         basic=True,
     )
@@ -98,7 +102,8 @@ class EvaluateArguments:
     )
     output_dir: str | None = argument(
         None,
-        "Folder for the results; none: `evaluation` in the checkpoint's folder, or evaluation/owner--name for one of the Hub.",
+        "Folder for the results; none: `evaluation` in the checkpoint's folder, or evaluation/owner--name for one "
+        "of the Hub.",
         basic=True,
         path=True,
     )

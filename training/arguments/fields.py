@@ -1,6 +1,7 @@
 """What a single argument is: its default, its help text, and the values that it may take.
 
-Everything that is known about an argument stands where it is declared, so that a new one cannot be forgotten in a list elsewhere.
+Everything that is known about an argument stands where it is declared, so that a new one cannot be forgotten in a list
+elsewhere.
 """
 
 from __future__ import annotations

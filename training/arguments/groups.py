@@ -1,4 +1,7 @@
-"""The arguments of `train.py`, in their groups. Names are those of Diffusers' `train_unconditional.py` where it has the argument."""
+"""The arguments of `train.py`, in their groups.
+
+Names are those of Diffusers' `train_unconditional.py` where it has the argument.
+"""
 
 # ruff: noqa: RUF009  (`argument` returns a dataclass field)
 
@@ -61,14 +64,16 @@ class DataArguments:
     )
     array_channels: Literal["auto", "first", "last"] = argument(
         "auto",
-        "Where the channels of images that are stored as arrays stand: (C, H, W) or (H, W, C). auto: the axis of at most four.",
+        "Where the channels of images that are stored as arrays stand: (C, H, W) or (H, W, C). auto: the axis of at "
+        "most four.",
     )
     skip_damaged: int = argument(
         0, "Leave out up to so many images that cannot be decoded; each is named.", bounds=NOT_NEGATIVE
     )
     center_crop: bool = argument(
         False,
-        "Crop in the centre. Else each training image gets one seeded random crop, drawn when it is decoded. Images held "
+        "Crop in the centre. Else each training image gets one seeded random crop, drawn when it is decoded. Images "
+        "held "
         "out are always cropped in the centre.",
     )
     num_levels: int | None = argument(
@@ -108,8 +113,10 @@ class DataArguments:
     )
     streaming: bool = argument(
         False,
-        "Read the training images in passing, in an order shuffled in --shuffle_buffer_size, instead of decoding all at "
-        "the start. Needs --max_train_steps and --eval_split, of which the first --eval_max_images (none: 1024) are held "
+        "Read the training images in passing, in an order shuffled in --shuffle_buffer_size, instead of decoding all "
+        "at "
+        "the start. Needs --max_train_steps and --eval_split, of which the first --eval_max_images (none: 1024) are "
+        "held "
         "in memory.",
     )
     shuffle_buffer_size: int = argument(
@@ -119,7 +126,9 @@ class DataArguments:
 
 @dataclass
 class ModelArguments:
-    """The network: VDM's U-Net from the sizes below, or any Diffusers UNet2DModel or VDMUNet2DModel from its config."""
+    """The network: VDM's U-Net from the sizes below, or any Diffusers UNet2DModel or VDMUNet2DModel from its
+    config.
+    """
 
     _argument_group_name = "model"
 
@@ -137,7 +146,8 @@ class ModelArguments:
     )
     pretrained_model_name_or_path: str | None = argument(
         None,
-        "Folder or Hub repository of such a network, or of a pipeline with one: training starts from its weights (safetensors).",
+        "Folder or Hub repository of such a network, or of a pipeline with one: training starts from its weights "
+        "(safetensors).",
         path=True,
     )
     hidden_channels: int = argument(128, "Width of the VDM U-Net.", bounds=Bounds(1, 65536))
@@ -146,7 +156,8 @@ class ModelArguments:
     )
     fourier_exponents: list[float] | None = argument(
         None,
-        "Octaves n of its input features sin(2^n pi z), cos(2^n pi z). None: every octave down to the distance of two levels, 1 to 8 for "
+        "Octaves n of its input features sin(2^n pi z), cos(2^n pi z). None: every octave down to the distance of two "
+        "levels, 1 to 8 for "
         "256 levels. (VDM's paper has 7 8; on MNIST all eight are 0.14 bits/dim better.)",
         bounds=Bounds(-32, 32),
     )
@@ -160,7 +171,8 @@ class ModelArguments:
     dropout: float = argument(0.1, "Dropout in its residual blocks.", bounds=SHARE)
     analytic_start: bool = argument(
         False,
-        "Start from the denoisers that are known in closed form (the training images' mean and covariance, and their pixels' levels), and learn "
+        "Start from the denoisers that are known in closed form (the training images' mean and covariance, and their "
+        "pixels' levels), and learn "
         "what they leave. The tables are measured on the training images and saved with the weights.",
         basic=True,
     )
@@ -179,7 +191,8 @@ class ModelArguments:
     num_layers: int = argument(2, "hvae: layers of latents.", bounds=Bounds(1, 1024))
     vae: str | None = argument(
         None,
-        "vae, latent_vdm: folder or repository of a VariationalAutoencoder to start from; latent_vdm: also of Diffusers' "
+        "vae, latent_vdm: folder or repository of a VariationalAutoencoder to start from; latent_vdm: also of "
+        "Diffusers' "
         "AutoencoderKL.",
         path=True,
     )
@@ -211,7 +224,8 @@ class DiffusionArguments:
     log_snr_min: float = argument(-5.0, "Log SNR at its noisy end.", bounds=LOG_SNR)
     log_snr_table: list[float] | None = argument(
         None,
-        "Decreasing log SNRs at equally spaced times, for a schedule given in log SNR: where its times, and so training "
+        "Decreasing log SNRs at equally spaced times, for a schedule given in log SNR: where its times, and so "
+        "training "
         "and the sampler's steps, are dense. None: --ddpm_beta_schedule as it is.",
         bounds=LOG_SNR,
     )
@@ -226,14 +240,16 @@ class DiffusionArguments:
     )
     stochasticity: float | None = argument(
         None,
-        "The sampler's noise, kept in the scheduler's config: 1 ancestral, 0 deterministic, above 1 noisier. None: 1, and 0 for "
+        "The sampler's noise, kept in the scheduler's config: 1 ancestral, 0 deterministic, above 1 noisier. None: 1, "
+        "and 0 for "
         "--path flow.",
         bounds=Bounds(0, 100),
     )
     prediction_type: PredictionType = argument("epsilon", "What the network predicts.")
     path: Literal["vp", "flow"] = argument(
         "vp",
-        "The latents' path: vp, variance preserving; flow, the straight path of flow matching, which takes --prediction_type "
+        "The latents' path: vp, variance preserving; flow, the straight path of flow matching, which takes "
+        "--prediction_type "
         "flow_prediction and has the schedule of --flow_shift instead of --ddpm_beta_schedule.",
     )
     flow_shift: float = argument(
@@ -241,7 +257,8 @@ class DiffusionArguments:
     )
     loss: Objective = argument(
         "elbo",
-        "elbo: bits/dim; simple: mean |eps - eps_hat|^2; mse: the network's own output; min_snr, truncated_snr, sigmoid, "
+        "elbo: bits/dim; simple: mean |eps - eps_hat|^2; mse: the network's own output; min_snr, truncated_snr, "
+        "sigmoid, "
         "edm: other weightings. Every one goes with every prediction type.",
     )
     min_snr_gamma: float = argument(5.0, "gamma of min_snr.", bounds=POSITIVE)
@@ -255,12 +272,14 @@ class DiffusionArguments:
     )
     time_sampling: Literal["low_discrepancy", "uniform", "adaptive"] = argument(
         "low_discrepancy",
-        "Stratified over the global batch (all processes and micro-batches), independent, or stratified with a density "
+        "Stratified over the global batch (all processes and micro-batches), independent, or stratified with a "
+        "density "
         "that follows the root mean square of the losses (importance sampling: the expected loss stays).",
     )
     learn_schedule: bool = argument(
         False,
-        "Learn how the schedule runs between its end points, starting from log_snr_linear, by minimising the variance of "
+        "Learn how the schedule runs between its end points, starting from log_snr_linear, by minimising the variance "
+        "of "
         "the loss (VDM). The result is saved in the scheduler's config.",
     )
     learn_end_points: bool = argument(
@@ -272,7 +291,8 @@ class DiffusionArguments:
     )
     variance_type: Literal["fixed_small", "learned_range", "learned"] = argument(
         "fixed_small",
-        "Reverse variance. learned_range, learned: the network predicts it in a second half of its channels, trained by "
+        "Reverse variance. learned_range, learned: the network predicts it in a second half of its channels, trained "
+        "by "
         "the bound with the mean held fixed, besides --loss (simple: Improved DDPM's hybrid loss). In discrete time.",
     )
     vlb_weight: float = argument(0.001, "Weight of that bound, in bits/dim.", bounds=POSITIVE)
@@ -321,7 +341,8 @@ class OptimizationArguments:
     max_grad_norm: float = argument(1.0, "Clip the gradient to this norm; 0: no clipping.", bounds=NOT_NEGATIVE)
     max_skipped_steps: int = argument(
         0,
-        "Leave out up to so many optimiser steps in a row whose gradient is not finite; 0: the first one stops the run. "
+        "Leave out up to so many optimiser steps in a row whose gradient is not finite; 0: the first one stops the "
+        "run. "
         "With it the device is waited for at every step.",
         bounds=NOT_NEGATIVE,
     )
@@ -333,7 +354,8 @@ class OptimizationArguments:
     ema_max_decay: float = argument(0.9999, "Highest decay of the average.", bounds=SHARE)
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = argument(
         "no",
-        "Precision of the network's arithmetic. Noise, loss and optimiser stay in float32. auto: bf16 on a GPU or CPU that has units for it, "
+        "Precision of the network's arithmetic. Noise, loss and optimiser stay in float32. auto: bf16 on a GPU or CPU "
+        "that has units for it, "
         "else no (float32); the start of the run says which.",
         basic=True,
     )
@@ -391,19 +413,22 @@ class RunArguments:
     )
     max_minutes: float | None = argument(
         None,
-        "Stop after so many minutes with the state saved (exit code 142), for runs in slices: go on with --resume_from_checkpoint "
+        "Stop after so many minutes with the state saved (exit code 142), for runs in slices: go on with "
+        "--resume_from_checkpoint "
         "latest.",
         bounds=POSITIVE,
     )
     eval_change_samples: int = argument(
         4,
-        "Evaluations an image, of either network, for the change of the bits/dim since the last evaluation and since the best one. 0: not "
+        "Evaluations an image, of either network, for the change of the bits/dim since the last evaluation and since "
+        "the best one. 0: not "
         "measured.",
         bounds=Bounds(0, 4096),
     )
     early_stopping: int | None = argument(
         None,
-        "End training after so many evaluations in a row that did not beat the best one by more than the error of the difference.",
+        "End training after so many evaluations in a row that did not beat the best one by more than the error of "
+        "the difference.",
         bounds=Bounds(1),
     )
     eval_num_samples: int = argument(

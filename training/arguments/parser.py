@@ -164,7 +164,8 @@ class Parser(argparse.ArgumentParser):
     def answer_help(self, tokens: Sequence[str]) -> None:
         """Print the help and end the program, if it was asked for.
 
-        `--help` explains the arguments that most runs need, `--help all` every one, `--help GROUP` a group, `--help NAME` one.
+        `--help` explains the arguments that most runs need, `--help all` every one, `--help GROUP` a group,
+        `--help NAME` one.
         """
         asked = next((index for index, token in enumerate(tokens) if token in ("-h", "--help")), None)
         if asked is None:
@@ -182,7 +183,8 @@ class Parser(argparse.ArgumentParser):
         else:
             wanted = lambda action: action.dest not in self.fields or self.fields[action.dest].metadata["basic"]  # noqa: E731
             self.epilog = (
-                f"These are the arguments that most runs need, {len(self.fields)} in all. --help all explains every one, --help "
+                f"These are the arguments that most runs need, {len(self.fields)} in all. --help all explains every "
+                "one, --help "
                 f"{{{','.join(self.topics)}}} those of a group, --help NAME a single one."
             )
         for action in self._actions:

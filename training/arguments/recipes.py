@@ -50,8 +50,8 @@ def read_recipe(path: Path, parser: Parser) -> dict[str, Any]:
     """The arguments of a recipe by name, each of its own type.
 
     Raises:
-        RecipeError: there is no such file, or it is not a recipe. What an argument cannot take ends the program as on the
-            command line, with the name of the file.
+        RecipeError: there is no such file, or it is not a recipe. What an argument cannot take ends the program as on
+            the command line, with the name of the file.
     """
     tokens: list[str] = []
     for key, value in _entries(path).items():

@@ -10,7 +10,8 @@ from pathlib import Path
 
 @cache
 def words(module: str, name: str) -> tuple[str, ...]:
-    """The strings in the assignment to `name` in a module of `vdm_diffusers`: of a Literal or a tuple, or the keys of a dictionary.
+    """The strings in the assignment to `name` in a module of `vdm_diffusers`: of a Literal or a tuple, or the keys of
+    a dictionary.
 
     Raises:
         LookupError: there is no such assignment.

@@ -1,4 +1,5 @@
-"""Images as integers: read once, decoded once, held in memory or in a mapped file as (N, C, H, W) levels until the device.
+"""Images as integers: read once, decoded once, held in memory or in a mapped file as (N, C, H, W) levels until the
+device.
 
 Nothing here turns an integer into a float: that is done on the device, batch by batch, by the pixel encoding that the
 likelihood knows about.

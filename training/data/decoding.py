@@ -61,7 +61,8 @@ def _in_mode(image: PIL.Image.Image, name: str, args: DataArguments) -> tuple[PI
     deep = image.mode.startswith("I;16")
     if image.mode in _NO_RANGE:
         raise DataError(
-            f"{name} has PIL mode {image.mode}: {_NO_RANGE[image.mode]}, of which no file says the range. Write the files anew with "
+            f"{name} has PIL mode {image.mode}: {_NO_RANGE[image.mode]}, of which no file says the range. Write the "
+            "files anew with "
             "8 or 16 bits, scaled as you mean them."
         )
     if image.mode not in _MODES and not deep:
@@ -72,7 +73,8 @@ def _in_mode(image: PIL.Image.Image, name: str, args: DataArguments) -> tuple[PI
         if deep:
             if args.preserve_input_precision:
                 raise DataError(
-                    f"{name} has 16 bits, which --preserve_input_precision keeps and --image_mode {args.image_mode} does not "
+                    f"{name} has 16 bits, which --preserve_input_precision keeps and --image_mode {args.image_mode} "
+                    "does not "
                     "have: give one of the two."
                 )
             image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -89,7 +91,8 @@ def _array_levels(image: Any, name: str, args: DataArguments) -> tuple[np.ndarra
     fits = pixels.dtype.kind in "iu" and pixels.ndim in (2, 3) and pixels.size
     if not fits or pixels.min() < 0 or pixels.max() > 255:
         raise DataError(
-            f"{name} must be an image, or integers 0..255 of shape (H, W), (C, H, W) or (H, W, C); it is {type(image).__name__} "
+            f"{name} must be an image, or integers 0..255 of shape (H, W), (C, H, W) or (H, W, C); it is "
+            f"{type(image).__name__} "
             f"of {pixels.dtype} with shape {pixels.shape}."
         )
     levels = pixels.astype(np.uint8)
@@ -105,7 +108,8 @@ def _channels_come_last(shape: tuple[int, ...], name: str, args: DataArguments) 
     first, last = shape[0] <= _MOST_CHANNELS, shape[-1] <= _MOST_CHANNELS
     if first == last:
         raise DataError(
-            f"{name} is an array of shape {shape}, of which the sizes do not tell whether the channels come first or last: "
+            f"{name} is an array of shape {shape}, of which the sizes do not tell whether the channels come first or "
+            "last: "
             "give --array_channels first or last."
         )
     return last
@@ -115,7 +119,8 @@ def same_kind(first: tuple[np.ndarray, int], other: tuple[np.ndarray, int], firs
     """Raise DataError unless two images have one shape and one number of levels."""
     if other[0].shape != first[0].shape:
         raise DataError(
-            f"images have several sizes or modes: {first_name} is {_describe(first[0])}, {name} is {_describe(other[0])}. "
+            f"images have several sizes or modes: {first_name} is {_describe(first[0])}, {name} is "
+            f"{_describe(other[0])}. "
             "Give --resolution (and --image_mode, e.g. RGB) to bring them to one."
         )
     if other[1] != first[1]:
@@ -123,7 +128,9 @@ def same_kind(first: tuple[np.ndarray, int], other: tuple[np.ndarray, int], firs
 
 
 def _resize(image: PIL.Image.Image, resolution: int, crop_seed: int | None) -> PIL.Image.Image:
-    """Shorter side to `resolution` (bilinear with antialiasing), then a square: in the centre, or at a seeded place."""
+    """Shorter side to `resolution` (bilinear with antialiasing), then a square: in the centre, or at a seeded
+    place.
+    """
     width, height = image.size
     if (width, height) == (resolution, resolution):
         return image

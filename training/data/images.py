@@ -72,7 +72,9 @@ class ImageSet:
         return replace(self, images=self.images[:count], labels=labels, name=f"{self.name}, the first {count}")
 
     def number_among(self, others: ImageSet) -> int:
-        """How many of these images are among `others`, pixel for pixel; of large sets the first `BYTES_COMPARED` are looked at."""
+        """How many of these images are among `others`, pixel for pixel; of large sets the first `BYTES_COMPARED` are
+        looked at.
+        """
         if self.images.shape[1:] != others.images.shape[1:]:
             return 0
         count = max(1, BYTES_COMPARED // max(1, others.images[0].nbytes))
@@ -99,12 +101,14 @@ def labels_of(values: list[object], num_classes: int | None, column: str) -> Ten
         if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)):
             raise DataError(
                 f"--label_column {column}: class labels are integers, and that of image {index} is {value!r} "
-                f"({type(value).__name__}). Number the classes first, e.g. by datasets' class_encode_column({column!r})."
+                f"({type(value).__name__}). Number the classes first, e.g. by datasets' "
+                f"class_encode_column({column!r})."
             )
         if number < UNLABELLED or (num_classes is not None and number >= num_classes):
             known = "0, 1, 2, ..." if num_classes is None else f"0..{num_classes - 1}"
             raise DataError(
-                f"--label_column {column}: classes are {known}, or {UNLABELLED} for an image without one; that of image "
+                f"--label_column {column}: classes are {known}, or {UNLABELLED} for an image without one; that of "
+                "image "
                 f"{index} is {number}."
             )
         labels[index] = number

@@ -29,7 +29,8 @@ class Read:
 
     Attributes:
         images: (N, C, H, W) levels. num_levels: of a pixel. highest: the highest that is there.
-        left_out: what was wrong with the images that are missing here (--skip_damaged), by their place among those asked for.
+        left_out: what was wrong with the images that are missing here (--skip_damaged), by their place among those
+            asked for.
     """
 
     images: Tensor
@@ -41,7 +42,8 @@ class Read:
 def read_images(dataset: Any, column: str, args: DataArguments, crop_seed: int | None, rows: Tensor | None) -> Read:
     """All images of a split, decoded.
 
-    The first image that can be decoded decides the array's shape and type; threads fill it, since PIL decodes outside Python's lock.
+    The first image that can be decoded decides the array's shape and type; threads fill it, since PIL decodes outside
+    Python's lock.
 
     Arguments:
         rows: (N,) where the images stand in the split, for messages; None: where they stand here.

@@ -78,7 +78,8 @@ def _open(args: DataArguments, streaming: bool) -> Any:
         return datasets.load_dataset("parquet", data_files={"train": glob.escape(str(source))}, **common)
     if source.is_file():
         raise DataError(
-            f"--dataset_name {source} is a {source.suffix or 'file without an ending'}: a .parquet file, a folder or the name of a "
+            f"--dataset_name {source} is a {source.suffix or 'file without an ending'}: a .parquet file, a folder or "
+            "the name of a "
             "data set on the Hub is read. Unpack an archive, and name the folder with --train_data_dir."
         )
     if _looks_like_a_path(str(args.dataset_name)) and not source.exists():
@@ -142,7 +143,8 @@ def image_column(dataset: Any, name: str | None) -> str:
 
 
 def label_column(dataset: Any, name: str | None) -> tuple[str | None, tuple[str, ...] | None]:
-    """The column of the class labels, and what its classes are called: the named one, or the only ClassLabel; (None, None) without.
+    """The column of the class labels, and what its classes are called: the named one, or the only ClassLabel; (None,
+    None) without.
 
     A named column of plain integers is one too, without names for its classes.
 

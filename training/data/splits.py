@@ -28,8 +28,8 @@ def load_splits(args: DataArguments, seed: int) -> tuple[ImageSet, ImageSet]:
 def load_split(args: DataArguments, split: str, seed: int) -> ImageSet:
     """One split: of the data set itself, or `HELD_OUT`.
 
-    Without --eval_split the training split is divided by a permutation seeded with `seed`: the held-out share is `HELD_OUT`, and
-    asking for the training split gives the rest.
+    Without --eval_split the training split is divided by a permutation seeded with `seed`: the held-out share is
+    `HELD_OUT`, and asking for the training split gives the rest.
 
     Raises:
         DataError: no such split, no image column, images of several sizes or modes.
@@ -62,7 +62,9 @@ def load_split(args: DataArguments, split: str, seed: int) -> ImageSet:
 
 
 def default_test_split(args: DataArguments) -> str:
-    """The split for a final figure: the data set's own test split, unless it was trained on, else that held out while training."""
+    """The split for a final figure: the data set's own test split, unless it was trained on, else that held out while
+    training.
+    """
     names = list(DIGITS_SPLITS) if is_digits(args) else list(open_splits(args))
     own = [name for name in ("test", "validation", "valid") if name in names and name != args.train_split]
     return own[0] if own else evaluation_split(args)
@@ -76,12 +78,16 @@ def evaluation_split(args: DataArguments) -> str:
 
 
 def kind_of_images(args: DataArguments, split: str) -> str:
-    """What a figure on a split is a figure of: "held-out" images, or "training" images where the split is the one trained on."""
+    """What a figure on a split is a figure of: "held-out" images, or "training" images where the split is the one
+    trained on.
+    """
     return "training" if split == args.train_split else "held-out"
 
 
 def figure_name(args: DataArguments, split: str, *, conditional: bool = False) -> str:
-    """What bits/dim on a split are called: of which images, and whether of p(x | y), given the class, which is another figure."""
+    """What bits/dim on a split are called: of which images, and whether of p(x | y), given the class, which is
+    another figure.
+    """
     return f"{kind_of_images(args, split)} bits/dim{' given the class' if conditional else ''}"
 
 
@@ -90,7 +96,10 @@ def overlap(train: ImageSet, evaluated: ImageSet) -> str | None:
     number = evaluated.number_among(train)
     if not number:
         return None
-    return f"warning: {number} of the {len(evaluated)} images evaluated are also among those trained on: their figure is not held out"
+    return (
+        f"warning: {number} of the {len(evaluated)} images evaluated are also among those trained on: their "
+        "figure is not held out"
+    )
 
 
 def _read_split(

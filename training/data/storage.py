@@ -1,4 +1,6 @@
-"""Where decoded images are kept: in memory, or in a file that is mapped to memory, written once and shared by all processes."""
+"""Where decoded images are kept: in memory, or in a file that is mapped to memory, written once and shared by all
+processes.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ Fill = Callable[[np.ndarray], Facts]  # writes all images into an array
 
 
 def keeps_on_disk(storage: Storage, num_bytes: int, memory_share: float) -> bool:
-    """Whether decoded images of `num_bytes` belong in a file: auto, if all processes' copies would exceed the share of the memory."""
+    """Whether decoded images of `num_bytes` belong in a file: auto, if all processes' copies would exceed the share
+    of the memory.
+    """
     if storage != "auto":
         return storage == "disk"
     copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the processes on this machine
@@ -60,7 +64,8 @@ def mapped_images(
             ) from error
         if number > free:
             raise DataError(
-                f"the decoded images need {number / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {folder}: see --cache_dir, "
+                f"the decoded images need {number / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free in {folder}: see "
+                "--cache_dir, "
                 "--streaming."
             )
         temporary = folder / f".{digest}-{os.getpid()}"

@@ -1,8 +1,9 @@
 """Images from data sets larger than the memory, or the disk: read in passing, in an order that can be taken up again.
 
-A process reads its shards of the data set (in an order drawn anew for each epoch), block by block, and shuffles within a block.
-`datasets`' own shuffle buffer is lost when a stream is resumed; here the place of a block and the images taken from it say
-everything, and a resumed run reads the block again. The next block is read and decoded by threads while this one is used.
+A process reads its shards of the data set (in an order drawn anew for each epoch), block by block, and shuffles within
+a block. `datasets`' own shuffle buffer is lost when a stream is resumed; here the place of a block and the images
+taken from it say everything, and a resumed run reads the block again. The next block is read and decoded by threads
+while this one is used.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ class _Block:
 class ImageStream:
     """An endless stream of integer images: this process's part of it.
 
-    With as many shards as processes, or a multiple, a process reads every num_processes-th of them; else all of them, and decodes every
-    num_processes-th image. So the images of a global batch depend on the number of processes, other than those of data sets in memory.
+    With as many shards as processes, or a multiple, a process reads every num_processes-th of them; else all of them,
+    and decodes every num_processes-th image. So the images of a global batch depend on the number of processes, other
+    than those of data sets in memory.
 
     Attributes:
         first: an `ImageSet` of the first image: shape, levels, classes.
@@ -108,7 +110,9 @@ class ImageStream:
         return self._block.place["epoch"]
 
     def __call__(self, start: int, count: int) -> tuple[Tensor, Tensor | None]:
-        """The next `count` images and labels; `start` is their place in a stream that is read in order, and not looked at."""
+        """The next `count` images and labels; `start` is their place in a stream that is read in order, and not
+        looked at.
+        """
         parts = []
         while count:
             if self._offset == len(self._block.images):
@@ -132,7 +136,8 @@ class ImageStream:
         """Go on from there."""
         if state["num_processes"] != self._num_processes:
             raise DataError(
-                f"the stream was divided among {state['num_processes']} processes and can go on among as many alone, not {self._num_processes}."
+                f"the stream was divided among {state['num_processes']} processes and can go on among as many alone, "
+                f"not {self._num_processes}."
             )
         self._next.result()  # the thread must not read on while its place is moved
         self._start(state["place"], state["taken"])
@@ -223,7 +228,10 @@ class ImageStream:
 
 
 def first_images(args: DataArguments, split: str, count: int | None) -> ImageSet:
-    """Some images of a streamed split, held in memory: what is evaluated while training. The same ones at every call."""
+    """Some images of a streamed split, held in memory: what is evaluated while training.
+
+    The same ones at every call.
+    """
     count = NUM_EVAL_IMAGES if count is None else count
     stream = ImageStream(replace(args, shuffle_buffer_size=count, center_crop=True), split, seed=0)
     images, labels = stream(0, min(count, stream.block_size))

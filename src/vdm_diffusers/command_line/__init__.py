@@ -3,11 +3,12 @@
     vdm-diffusers evaluate CHECKPOINT IMAGES          bits/dim with its error
     vdm-diffusers compare A B IMAGES                  which of two models, and by how much
     vdm-diffusers classify CHECKPOINT IMAGES          which class each image is of
-    vdm-diffusers score CHECKPOINT IMAGES TABLE       a row for each image: bits, error, terms, octaves, odds of its label
-    vdm-diffusers sample CHECKPOINT PICTURE           a grid of samples
+    vdm-diffusers score CHECKPOINT IMAGES TABLE       a row for each image: bits, error, terms, octaves, odds of its
+    label vdm-diffusers sample CHECKPOINT PICTURE           a grid of samples
 
-CHECKPOINT is a folder or a repository of the Hub. IMAGES is a folder of image files (subfolders are classes), an array `.npy` or `.npz`, a data
-set that `datasets` reads, or `digits`. Exit codes: 0 done; 2 bad arguments, models or images; 130 interrupted; 1 anything else.
+CHECKPOINT is a folder or a repository of the Hub. IMAGES is a folder of image files (subfolders are classes), an array
+`.npy` or `.npz`, a data set that `datasets` reads, or `digits`. Exit codes: 0 done; 2 bad arguments, models or images;
+130 interrupted; 1 anything else.
 """
 
 from __future__ import annotations
@@ -190,7 +191,8 @@ def _compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if report.bands:
         lines.append("log SNR        difference (bits/dim)")
         lines += [
-            f"{band['log_snr_low']:+6.1f} {band['log_snr_high']:+6.1f}  {band['difference']:+.5f} +- {band['standard_error']:.5f}"
+            f"{band['log_snr_low']:+6.1f} {band['log_snr_high']:+6.1f}  {band['difference']:+.5f} +- "
+            f"{band['standard_error']:.5f}"
             for band in report.bands
         ]
     return report.to_dict(), "\n".join(lines)

@@ -37,17 +37,20 @@ def score(
 ) -> Path:
     """Write `output`, a parquet file with one row for each image.
 
-    Columns: `index`, `file`, `label`; `bits_per_dim` with its `error`, and its terms `prior`, `diffusion`, `reconstruction`;
-    `octave_K`, the diffusion term between alpha / sigma = 2^K and 2^(K+1), all in bits/dim; `complexity`, the bits/dim of a lossless
-    general compressor (zlib), and `bits_minus_complexity`, which tells unusual images from merely complicated ones (Serra et al. 2020);
-    with labels and a class-conditional model `label_log_odds`, ln of the odds of the stated label against the best other one.
+    Columns: `index`, `file`, `label`; `bits_per_dim` with its `error`, and its terms `prior`, `diffusion`,
+    `reconstruction`; `octave_K`, the diffusion term between alpha / sigma = 2^K and 2^(K+1), all in bits/dim;
+    `complexity`, the bits/dim of a lossless general compressor (zlib), and `bits_minus_complexity`, which tells
+    unusual images from merely complicated ones (Serra et al. 2020); with labels and a class-conditional model
+    `label_log_odds`, ln of the odds of the stated label against the best other one.
 
-    The rows are computed in parts, each written whole: a run that was killed goes on with the next part, and the table is the same.
+    The rows are computed in parts, each written whole: a run that was killed goes on with the next part, and the table
+    is the same.
 
     Args:
         num_samples, class_samples: evaluations of the network for each image, and for each of its classes.
         rows_a_part: images to a part.
-        share: (i, n): this process computes every n-th part from the i-th on. The one that finds all parts there joins them.
+        share: (i, n): this process computes every n-th part from the i-th on. The one that finds all parts there joins
+            them.
     Raises:
         InputError: pyarrow is missing; `output` is there and is of other images or another model.
     """
@@ -62,7 +65,8 @@ def score(
     stated = folder / "identity.json"
     if stated.is_file() and json.loads(stated.read_text(encoding="utf-8")) != identity:
         raise InputError(
-            f"{folder} holds parts of another model, other images or other arguments: name another file, or delete the folder."
+            f"{folder} holds parts of another model, other images or other arguments: name another file, or delete "
+            "the folder."
         )
     if output.is_file() and not stated.is_file():
         raise InputError(f"{output} exists: name another file, or delete it.")
@@ -140,7 +144,9 @@ def _rows(
 
 
 def complexity_bits(image: Tensor) -> float:
-    """bits/dim of an image (C, H, W) compressed by zlib at its best, each row as differences of neighbouring pixels, as PNG does."""
+    """bits/dim of an image (C, H, W) compressed by zlib at its best, each row as differences of neighbouring pixels,
+    as PNG does.
+    """
     if int(image.max()) > 255:
         data = image.to(torch.int32).contiguous().numpy().tobytes()
     else:

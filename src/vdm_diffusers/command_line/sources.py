@@ -56,8 +56,9 @@ def read_images(
     """The images of `source`.
 
     Args:
-        source: "digits" (scikit-learn's, the last 297), a folder of image files (subfolders are classes, in alphabetical order), an array
-            `.npy` or `.npz` (`images`, `labels`) of integers, or a data set that `datasets.load_dataset` reads.
+        source: "digits" (scikit-learn's, the last 297), a folder of image files (subfolders are classes, in
+            alphabetical order), an array `.npy` or `.npz` (`images`, `labels`) of integers, or a data set that
+            `datasets.load_dataset` reads.
         num_levels: of the model. Files of 256 levels are not converted to fewer.
         channels: of the model, to which files are converted (1: grey, 3: RGB); None: as they are.
         split, label_column: of a data set.
@@ -139,7 +140,8 @@ def _data_set(
         import datasets
     except ImportError as error:
         raise InputError(
-            f"{source} is no folder of images and no array; for a data set install datasets: pip install 'vdm-diffusers[data]'."
+            f"{source} is no folder of images and no array; for a data set install datasets: pip install "
+            "'vdm-diffusers[data]'."
         ) from error
     try:
         data = datasets.load_dataset(os.path.expanduser(source), split=split)

@@ -1,14 +1,17 @@
 r"""The bound as a machine: a diffusion chain with what it pushes and pops (bits-back coding).
 
-The sender has images x. With the forward chain q and the model p, in the order of the bound's first form (docs/theory.md):
+The sender has images x. With the forward chain q and the model p, in the order of the bound's first form
+(docs/theory.md):
 
-    pop z_0 ~ q(z_0 | x), push x | z_0 under p;   for k = 1..K: pop z_k ~ q(z_k | z_{k-1}), push z_{k-1} | z_k under p;   push z_K under p
+    pop z_0 ~ q(z_0 | x), push x | z_0 under p;   for k = 1..K: pop z_k ~ q(z_k | z_{k-1}), push z_{k-1} | z_k under p;
+    push z_K under p
 
-The stack has grown by -ln p(x, z) + ln q(z | x), whose expectation is the bound of this chain. The receiver does the inverse, and gets
-back the bits that the pops took. Each z_k is a multiple of a bin's width, a power of two some 8 to 16 bins to the smaller deviation of the
-two distributions that it is coded with; the widths cancel.
+The stack has grown by -ln p(x, z) + ln q(z | x), whose expectation is the bound of this chain. The receiver does the
+inverse, and gets back the bits that the pops took. Each z_k is a multiple of a bin's width, a power of two some 8 to
+16 bins to the smaller deviation of the two distributions that it is coded with; the widths cancel.
 
-Everything that sender and receiver must agree on to the last bit is made of few numbers, in float64, rounded to float32's precision.
+Everything that sender and receiver must agree on to the last bit is made of few numbers, in float64, rounded to
+float32's precision.
 """
 
 from __future__ import annotations
@@ -73,7 +76,9 @@ class Coder(ABC):
 
     @abstractmethod
     def levels(self, bins: Bins, shape: tuple[int, ...], index: Tensor) -> tuple[Bins, Values, int]:
-        """p(x | z_0): (n,) the first level of each window, (n, W + 1) the probabilities of its levels and of an escape, and L."""
+        """p(x | z_0): (n,) the first level of each window, (n, W + 1) the probabilities of its levels and of an
+        escape, and L.
+        """
 
     @abstractmethod
     def num_latents(self, shape: tuple[int, ...]) -> int:
@@ -85,14 +90,17 @@ class Coder(ABC):
 
     @abstractmethod
     def bits_to_begin(self) -> float:
-        """Bits for a dimension of an image that the stack must hold before it, about: popped before as many are pushed."""
+        """Bits for a dimension of an image that the stack must hold before it, about: popped before as many are
+        pushed.
+        """
 
-    # --- the two directions -------------------------------------------------------------------------------------------
+    # --- the two directions ------------------------------------------------------------------------------------------
 
     def push_images(
         self, stack: Stack, levels: NDArray[np.int64], index: Tensor, trace: list[int] | None = None
     ) -> float:
-        """Push images (B, C, H, W). Returns -log2 p(x, z) + log2 q(z | x) of the latents drawn, whose expectation is the bound.
+        """Push images (B, C, H, W). Returns -log2 p(x, z) + log2 q(z | x) of the latents drawn, whose expectation is
+        the bound.
 
         Arguments:
             trace: gets K + 3 sizes of the stack in bits: before, after x, after each of the K steps, and after z_K.
@@ -150,7 +158,8 @@ class Chain(Coder):
             raise ValueError("`num_levels` is needed: only integers have a size in bits.")
         if self.term.bands is not None:
             raise ValueError(
-                "a reverse variance for each frequency cannot be coded pixel by pixel: pass variance_type='optimal' with one measured "
+                "a reverse variance for each frequency cannot be coded pixel by pixel: pass variance_type='optimal' "
+                "with one measured "
                 "without per_frequency, or variance_type='fixed_small'."
             )
         grid = self.term.grid
@@ -189,7 +198,7 @@ class Chain(Coder):
         of_z1 = math.log2(n["deviation"][0] / self.widths[1])
         return of_z0 + max(0.0, of_z1) + 2 * 0.5 * math.log2(2 * math.pi * math.e) + 1.0
 
-    # --- q ------------------------------------------------------------------------------------------------------------
+    # --- q -----------------------------------------------------------------------------------------------------------
 
     def encoder(self, levels: NDArray[np.int64]) -> tuple[Values, float]:
         x = self.model.encode(torch.from_numpy(levels)).double().numpy().ravel()
@@ -201,7 +210,7 @@ class Chain(Coder):
         z = below * self.widths[k - 1]
         return n["scale"][k - 1] * z / self.widths[k], float(n["deviation"][k - 1] / self.widths[k])
 
-    # --- p ------------------------------------------------------------------------------------------------------------
+    # --- p -----------------------------------------------------------------------------------------------------------
 
     def _outputs(self, k: int, bins: Bins, shape: tuple[int, ...], index: Tensor) -> tuple[Tensor, Tensor | None]:
         """The network's x_hat at z_k, (B, C, H, W) float64, and its variance channels."""
@@ -225,7 +234,7 @@ class Chain(Coder):
         variance = learned_variance_of(predicted, kind, low, forward_variance(s, t).reshape(1))
         return mean, _rounded_deviation(variance.sqrt().numpy().ravel() / width)
 
-    # --- p(x | z_0) ---------------------------------------------------------------------------------------------------
+    # --- p(x | z_0) --------------------------------------------------------------------------------------------------
 
     def levels(self, bins: Bins, shape: tuple[int, ...], index: Tensor) -> tuple[Bins, Values, int]:
         num_levels = self.model.num_levels
@@ -381,7 +390,9 @@ def _normal_mass(lower: Values, upper: Values) -> Values:
 
 
 def _logistic_mass(lower: Values, upper: Values) -> Values:
-    """The mass of a standard logistic distribution between two points: on the side of the mean where both are small."""
+    """The mass of a standard logistic distribution between two points: on the side of the mean where both are
+    small.
+    """
     flip = lower + upper > 0
     low, high = np.where(flip, -upper, lower), np.where(flip, -lower, upper)
     with np.errstate(over="ignore"):

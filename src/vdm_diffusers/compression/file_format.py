@@ -39,12 +39,14 @@ class Header:
 
     Attributes:
         shape: (C, H, W) of an image. num_levels, pixel_encoding: what its integers are.
-        model: digest of weights and configs. chain: digest of the chain's numbers. probe: digest of what the network answers here.
+        model: digest of weights and configs. chain: digest of the chain's numbers. probe: digest of what the network
+            answers here.
         images: digest of all images.
         num_steps, grid, variance_type: which chain, as asked for; grid: a name, log SNRs, or None.
         batches: how many images were coded together, in order.
         threads: of torch, while the network ran.
-        seed_words: 32-bit words that the stack began with; seed: of their generator; None: they were given, and come back.
+        seed_words: 32-bit words that the stack began with; seed: of their generator; None: they were given, and come
+            back.
         labels: class of each image, or None.
     """
 
@@ -84,7 +86,8 @@ def unpack(data: bytes) -> tuple[Header, NDArray[np.uint32]]:
     version, length = struct.unpack("<BI", data[len(MAGIC) : start])
     if version != VERSION:
         raise FileError(
-            f"the file is of version {version}, and this package reads version {VERSION}: use the package that wrote it."
+            f"the file is of version {version}, and this package reads version {VERSION}: use the package that wrote "
+            "it."
         )
     if length > LONGEST_HEADER or len(data) < start + length + 8:
         raise FileError("the file is cut short, or its beginning is damaged.")
@@ -112,7 +115,9 @@ def unpack(data: bytes) -> tuple[Header, NDArray[np.uint32]]:
 
 
 def _is_possible(header: Header) -> bool:
-    """Whether numbers are whole and of a size that nothing is made of in vain: a forged header must not fill the memory."""
+    """Whether numbers are whole and of a size that nothing is made of in vain: a forged header must not fill the
+    memory.
+    """
 
     def whole(value: Any, most: int) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most

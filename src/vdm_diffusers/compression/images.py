@@ -40,14 +40,14 @@ class CompressionReport:
     Attributes:
         num_images, num_dims: D of an image.
         net_bits: what the images added to the stack: the rate.
-        path_bits: -log2 p(x, z) + log2 q(z | x) of the latents z that were drawn. Its expectation is the bound of the chain, and what
-            `net_bits` has beyond it is the coder's own.
+        path_bits: -log2 p(x, z) + log2 q(z | x) of the latents z that were drawn. Its expectation is the bound of the
+            chain, and what `net_bits` has beyond it is the coder's own.
         total_bits: the whole file, header and the bits that the stack began with included.
         initial_bits: bits (not for a dimension) that the stack began with.
         header_bytes, file_bytes: sizes.
         num_steps: of the chain. seconds: it took.
-        bits_by_step: bits of an image's dimension for x given z_0 (less z_0's own), for each step of the chain from the clean end, and
-            for z_K.
+        bits_by_step: bits of an image's dimension for x given z_0 (less z_0's own), for each step of the chain from
+            the clean end, and for z_K.
     """
 
     num_images: int
@@ -64,8 +64,10 @@ class CompressionReport:
 
     def __str__(self) -> str:
         return (
-            f"{self.num_images} images in {self.file_bytes} bytes: {self.total_bits:.4f} bits/dim, {self.net_bits:.4f} without the "
-            f"{self.initial_bits} bits to begin with and {self.header_bytes} bytes of header; {self.num_steps} steps, {self.seconds:.1f} s"
+            f"{self.num_images} images in {self.file_bytes} bytes: {self.total_bits:.4f} bits/dim, "
+            f"{self.net_bits:.4f} without the "
+            f"{self.initial_bits} bits to begin with and {self.header_bytes} bytes of header; {self.num_steps} steps, "
+            f"{self.seconds:.1f} s"
         )
 
 
@@ -86,31 +88,33 @@ def compress(
 ) -> bytes:
     """Images, losslessly, in about as many bits as the bound of the model's chain says.
 
-    A file begins with the bits that the first image's latents are drawn with, some 13 for a dimension, once: images in one file cost
-    less than one by one. They are made by a seeded generator, or given: then they carry something, and come back.
+    A file begins with the bits that the first image's latents are drawn with, some 13 for a dimension, once: images in
+    one file cost less than one by one. They are made by a seeded generator, or given: then they carry something, and
+    come back.
 
     Args:
         model, images, scheduler, num_levels, pixel_encoding, class_labels: as in [`evaluate_likelihood`].
-        num_steps, grid, variance_type: the chain, as in [`evaluate_likelihood`] with `method="discrete"`: its bound is the size. More steps
-            give a smaller file and take longer.
-        initial: bytes that the stack begins with in place of made-up ones, some 2 D or more (D the dimensions of an image).
-            [`decompress_with_initial`] gives them back.
-        batch_size: most images at a time. They are fewer at the start of a file, where there are few bits to draw with.
+        num_steps, grid, variance_type: the chain, as in [`evaluate_likelihood`] with `method="discrete"`: its bound is
+            the size. More steps give a smaller file and take longer.
+        initial: bytes that the stack begins with in place of made-up ones, some 2 D or more (D the dimensions of an
+            image). [`decompress_with_initial`] gives them back.
+        batch_size: most images at a time. They are fewer at the start of a file, where there are few bits to draw
+            with.
 
     Returns:
-        The bytes of a file. [`decompress`] needs the same model, on a machine where its network gives the same numbers: a file made on
-        another kind of machine is refused before anything is decoded.
+        The bytes of a file. [`decompress`] needs the same model, on a machine where its network gives the same
+        numbers: a file made on another kind of machine is refused before anything is decoded.
 
     Raises:
         ValueError: as [`evaluate_likelihood`]; continuous data; too short an `initial`.
         ImportError: `constriction` is not installed.
-    Source: Kingma et al. 2021, "Variational Diffusion Models", section 7.3; Townsend et al. 2019, "Practical Lossless Compression with
-        Latent Variables using Bits Back Coding"; Kingma et al. 2019, "Bit-Swap" (the order).
+    Source: Kingma et al. 2021, "Variational Diffusion Models", section 7.3; Townsend et al. 2019, "Practical Lossless
+        Compression with Latent Variables using Bits Back Coding"; Kingma et al. 2019, "Bit-Swap" (the order).
     """
-    return compress_with_report(
-        model, images, scheduler=scheduler, num_steps=num_steps, grid=grid, variance_type=variance_type, num_levels=num_levels,
-        pixel_encoding=pixel_encoding, class_labels=class_labels, initial=initial, batch_size=batch_size, progress_bar=progress_bar,
-    )[0]  # fmt: skip
+    options: dict[str, Any] = {"scheduler": scheduler, "num_steps": num_steps, "grid": grid, "num_levels": num_levels}
+    options |= {"variance_type": variance_type, "pixel_encoding": pixel_encoding, "class_labels": class_labels}
+    options |= {"initial": initial, "batch_size": batch_size, "progress_bar": progress_bar}
+    return compress_with_report(model, images, **options)[0]
 
 
 def compress_with_report(
@@ -234,8 +238,8 @@ def decompress(model: Any, data: bytes, *, scheduler: Any = None, progress_bar: 
     Args:
         model, scheduler: what the file was made with. data: the bytes of the file.
     Raises:
-        FileError (a ValueError): the file is damaged, of another version or another model, or was made where the network gives other
-            numbers.
+        FileError (a ValueError): the file is damaged, of another version or another model, or was made where the
+            network gives other numbers.
     """
     return decompress_with_initial(model, data, scheduler=scheduler, progress_bar=progress_bar)[0]
 
@@ -270,12 +274,14 @@ def decompress_with_initial(
     chain = prepared.coder
     if chain.fingerprint() != header.chain:
         raise FileError(
-            "the file was made with another chain than this package makes of its header: use the package that wrote it."
+            "the file was made with another chain than this package makes of its header: use the package that wrote "
+            "it."
         )
     with eval_mode(prepared.network), torch.no_grad(), _threads(header.threads):
         if _probe(chain, header.shape) != header.probe:
             raise FileError(
-                "the network gives other numbers here than where the file was made (another kind of processor, device, dtype or version "
+                "the network gives other numbers here than where the file was made (another kind of processor, "
+                "device, dtype or version "
                 "of torch): its images cannot be decoded on this machine."
             )
         stack, parts = Stack(words, continued=True), []
@@ -304,7 +310,7 @@ def decompress_with_initial(
     return torch.from_numpy(images), given
 
 
-# --- pieces ------------------------------------------------------------------------------------------------------------
+# --- pieces ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,12 +1,13 @@
 """A stack of bits, on which values are pushed, and from which they are popped, each with a distribution.
 
-Pushing a value of probability p makes the stack -log2 p bits longer, popping one makes it that much shorter: a pop draws a value from
-its distribution with the bits that lie on top, and pushing the value again puts the same bits back (asymmetric numeral systems, Duda
-2013). The coder is `constriction`'s.
+Pushing a value of probability p makes the stack -log2 p bits longer, popping one makes it that much shorter: a pop
+draws a value from its distribution with the bits that lie on top, and pushing the value again puts the same bits back
+(asymmetric numeral systems, Duda 2013). The coder is `constriction`'s.
 
-Gaussian values are multiples of a bin's width. A distribution's support is a window around its mean, as the coder's probabilities are
-multiples of 2^-24 and none is 0: every symbol of a wider window would get probability that the Gaussian does not have there, and pops
-would draw outliers. A value outside its window is pushed as itself, and an escape symbol after it.
+Gaussian values are multiples of a bin's width. A distribution's support is a window around its mean, as the coder's
+probabilities are multiples of 2^-24 and none is 0: every symbol of a wider window would get probability that the
+Gaussian does not have there, and pops would draw outliers. A value outside its window is pushed as itself, and an
+escape symbol after it.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ class Stack:
         return np.asarray(self._coder.get_compressed(), dtype=np.uint32)
 
     def first_words(self) -> NDArray[np.uint32]:
-        """(n,) uint32, what the message began with, once all that was pushed is popped and all that was popped pushed again.
+        """(n,) uint32, what the message began with, once all that was pushed is popped and all that was popped pushed
+        again.
 
         Raises:
             CodingError: it is not.
@@ -75,10 +77,11 @@ class Stack:
             ) from error
 
     def whiten(self, count: int) -> None:
-        """Exclusive-or the last `count` words, but for the coder's own state, with fixed pseudo-random ones. Twice is not at all.
+        """Exclusive-or the last `count` words, but for the coder's own state, with fixed pseudo-random ones. Twice is
+        not at all.
 
-        What was pushed with a distribution that it was not drawn from leaves bits that are not even ("dirty" ones). A pop that is to
-        draw a value from its own distribution then draws from another.
+        What was pushed with a distribution that it was not drawn from leaves bits that are not even ("dirty" ones). A
+        pop that is to draw a value from its own distribution then draws from another.
         """
         words = self.words()
         end = len(words) - 2
@@ -89,12 +92,13 @@ class Stack:
         words[start:end] ^= pad
         self._coder = constriction().stream.stack.AnsCoder(words)
 
-    # --- Gaussians ----------------------------------------------------------------------------------------------------
+    # --- Gaussians ---------------------------------------------------------------------------------------------------
 
     def push_gaussian(
         self, bins: Bins, mean: Values, deviation: Values | float, reach: float, *, escapes: bool = True
     ) -> None:
-        """Push (n,) bins, given means and deviations in units of a bin, from windows that reach so many deviations to either side.
+        """Push (n,) bins, given means and deviations in units of a bin, from windows that reach so many deviations to
+        either side.
 
         With escapes=False every value must lie in its window, as one does that was popped from there.
         """
@@ -112,7 +116,10 @@ class Stack:
             self._coder.encode_reverse(clipped, model, fraction[part], deviation[part])
 
     def pop_gaussian(self, mean: Values, deviation: Values | float, reach: float, *, escapes: bool = True) -> Bins:
-        """Pop (n,) bins: the inverse of `push_gaussian`. With escapes=False the windows are all there is to draw from."""
+        """Pop (n,) bins: the inverse of `push_gaussian`.
+
+        With escapes=False the windows are all there is to draw from.
+        """
         center, fraction, deviation = _around(mean, deviation)
         bins = np.empty_like(center)
         for part, window in _windows(deviation, reach):
@@ -144,7 +151,7 @@ class Stack:
         )
         return (high << half) + low - (1 << (ESCAPED - 1))
 
-    # --- levels -------------------------------------------------------------------------------------------------------
+    # --- levels ------------------------------------------------------------------------------------------------------
 
     def push_levels(self, levels: Bins, first: Bins, probabilities: Values, num_levels: int) -> None:
         """Push (n,) levels: probabilities (n, W + 1) of W levels from `first` on, and of an escape."""
@@ -175,7 +182,9 @@ class Stack:
 
 
 def _windows(deviation: Values, reach: float) -> list[tuple[NDArray[np.intp], int]]:
-    """Which of (n,) values have windows of one size, and half that size: deviations within a factor of two share one."""
+    """Which of (n,) values have windows of one size, and half that size: deviations within a factor of two share
+    one.
+    """
     octave = np.ceil(np.log2(deviation))
     groups = [(np.flatnonzero(octave == value), float(value)) for value in np.unique(octave)]
     return [(part, int(np.ceil(reach * 2.0**value)) + 2) for part, value in groups]

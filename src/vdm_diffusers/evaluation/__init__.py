@@ -1,4 +1,6 @@
-"""Likelihoods of images under models of Diffusers: the front door, and what adapts pipelines, schedulers and data sets to it."""
+"""Likelihoods of images under models of Diffusers: the front door, and what adapts pipelines, schedulers and data
+sets to it.
+"""
 
 from vdm_diffusers.evaluation.chains import Grid as Grid
 from vdm_diffusers.evaluation.chains import chain_log_snrs as chain_log_snrs

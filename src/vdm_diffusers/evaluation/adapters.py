@@ -32,7 +32,9 @@ def prepare(
     learned: Literal["learned", "learned_range"] | None,
     clip_denoised: bool,
 ) -> tuple[Tensor, DenoisingModel, torch.device, int]:
-    """The images as integers, the network as the core calls it, its device, and how many evaluations to do at a time."""
+    """The images as integers, the network as the core calls it, its device, and how many evaluations to do at a
+    time.
+    """
     if not isinstance(network, PromptedNetwork):  # which is told what the pipeline tells it
         check_kwargs(model_kwargs)
     levels, labels = load_images(images, class_labels, num_levels, data_ndim(network))
@@ -66,8 +68,10 @@ def unpack(
         latent = [name for name in ("vae", "vqvae", "movq", "prior_prior") if components.get(name) is not None]
         if latent:
             raise ValueError(
-                f"`model` is a {type(model).__name__} with `{latent[0]}`, a model of latents. The likelihood of pixels under it would need "
-                "the autoencoder's own likelihood: a pixel decoder on latents gives a number that means nothing. For the likelihood of the "
+                f"`model` is a {type(model).__name__} with `{latent[0]}`, a model of latents. The likelihood of "
+                "pixels under it would need "
+                "the autoencoder's own likelihood: a pixel decoder on latents gives a number that means nothing. For "
+                "the likelihood of the "
                 "latents, in nats, pass space='latent'."
             )
         if components.get("unet") is None:
@@ -79,7 +83,8 @@ def unpack(
             own = {"num_levels": model.config.num_levels, "pixel_encoding": model.config.pixel_encoding}
             if num_levels not in ("auto", own["num_levels"]):
                 raise ValueError(
-                    f"`num_levels` must be the pipeline's own, {own['num_levels']}, got {num_levels}: its decoder has as many. "
+                    f"`num_levels` must be the pipeline's own, {own['num_levels']}, got {num_levels}: its decoder has "
+                    "as many. "
                     "Leave it out."
                 )
         else:
@@ -103,8 +108,8 @@ def unpack(
 class Predictor:
     """The network as the estimators call it: (z_t, log_snr, index of the images) -> output.
 
-    The estimators' z_t is the variance-preserving path's. A network of another path gets it rescaled to its own, and its output is made
-    one of that path: every path is the same Gaussian diffusion in other units (`timelines`).
+    The estimators' z_t is the variance-preserving path's. A network of another path gets it rescaled to its own, and
+    its output is made one of that path: every path is the same Gaussian diffusion in other units (`timelines`).
     """
 
     def __init__(
@@ -153,6 +158,7 @@ def check_kwargs(model_kwargs: dict[str, Any] | None) -> None:
     guidance = [name for name in model_kwargs or {} if "guidance" in name]
     if guidance:
         raise ValueError(
-            f"`model_kwargs` holds {guidance[0]!r}. Guidance changes the samples, not the likelihood that the model was trained for: "
+            f"`model_kwargs` holds {guidance[0]!r}. Guidance changes the samples, not the likelihood that the model "
+            "was trained for: "
             "the guided network's bound is of another, unnormalised model."
         )

@@ -1,4 +1,6 @@
-"""A model whose likelihood is asked for, put together from what users have: network, chain, method, decoder, images."""
+"""A model whose likelihood is asked for, put together from what users have: network, chain, method, decoder,
+images.
+"""
 
 from __future__ import annotations
 
@@ -96,15 +98,18 @@ class Candidate:
         if prompts is not None or space == "latent":
             if not is_latent_pipeline(model):
                 raise ValueError(
-                    f"`{'prompts' if prompts is not None else 'space'}` was given, and {type(model).__name__} is no pipeline of latents or prompts."
+                    f"`{'prompts' if prompts is not None else 'space'}` was given, and {type(model).__name__} is no "
+                    "pipeline of latents or prompts."
                 )
             if model_kwargs or clip_denoised or num_levels not in ("auto", 256):
                 raise ValueError(
-                    "`model_kwargs`, `clip_denoised` and `num_levels` mean nothing to a pipeline that is told a prompt."
+                    "`model_kwargs`, `clip_denoised` and `num_levels` mean nothing to a pipeline that is told a "
+                    "prompt."
                 )
             if components_need_space(model, space):
                 raise ValueError(
-                    f"`model`, a {type(model).__name__}, is one of latents: pass space='latent' for their likelihood, in nats of the latents."
+                    f"`model`, a {type(model).__name__}, is one of latents: pass space='latent' for their likelihood, "
+                    "in nats of the latents."
                 )
             task = in_latent_space(model, images, prompts=prompts, class_labels=class_labels)
             model_kwargs = {name: rows[task.prompt_of] for name, rows in task.kept.items()}

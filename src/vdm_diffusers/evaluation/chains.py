@@ -1,4 +1,6 @@
-"""What is evaluated, seen from the scheduler: its log SNRs, the steps of a chain, the reverse variance, the decoder."""
+"""What is evaluated, seen from the scheduler: its log SNRs, the steps of a chain, the reverse variance, the
+decoder.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,13 @@ Scheduler = VDMScheduler | VDMFlowScheduler | VDMSigmaScheduler
 def adopt(scheduler: Any) -> Scheduler:
     """A scheduler that knows its log SNRs: the given one, or the one of ours that is of a stock one's kind.
 
-    A stock scheduler with betas becomes a `VDMScheduler` with the table that the object has; those of flow matching become a
-    `VDMFlowScheduler`, EDM's a `VDMSigmaScheduler`. Those of these two kinds are samplers that may be deterministic: the bound is that of
-    ancestral sampling.
+    A stock scheduler with betas becomes a `VDMScheduler` with the table that the object has; those of flow matching
+    become a `VDMFlowScheduler`, EDM's a `VDMSigmaScheduler`. Those of these two kinds are samplers that may be
+    deterministic: the bound is that of ancestral sampling.
 
     Raises:
-        ValueError: a scheduler of another kind of model, which is named with the class that is right; deterministic sampling.
+        ValueError: a scheduler of another kind of model, which is named with the class that is right; deterministic
+            sampling.
     """
     config = scheduler.config
     if not hasattr(scheduler, "timeline"):  # by name: a class from a checkpoint's own code is another one
@@ -60,7 +63,8 @@ def adopt(scheduler: Any) -> Scheduler:
         scheduler, config = own, own.config
     if config.get("stochasticity", 1.0) == 0 and scheduler.timeline.path == "vp":
         raise ValueError(
-            "`scheduler` has stochasticity=0: deterministic sampling has no finite ELBO. Set stochasticity=1.0 in its config: the "
+            "`scheduler` has stochasticity=0: deterministic sampling has no finite ELBO. Set stochasticity=1.0 in its "
+            "config: the "
             "bound is that of ancestral sampling."
         )
     return cast(Scheduler, scheduler)
@@ -76,13 +80,15 @@ def reverse_variance_of(variance_type: str, is_chain: bool, num_steps: int | Non
         return kind
     if not is_chain:
         raise ValueError(
-            f"variance_type={variance_type!r} cannot be used in continuous time, where no reverse variance remains. Take "
+            f"variance_type={variance_type!r} cannot be used in continuous time, where no reverse variance remains. "
+            "Take "
             "method='discrete', or variance_type='fixed_small' to leave the network's variance aside."
         )
     steps = scheduler.config.num_train_timesteps
     if kind == "learned" and num_steps not in (None, steps):
         raise ValueError(
-            f"variance_type='learned' holds for the {steps} steps that the model was trained with, got num_steps={num_steps}. Take "
+            f"variance_type='learned' holds for the {steps} steps that the model was trained with, got "
+            f"num_steps={num_steps}. Take "
             "'learned_range', or variance_type='fixed_small'."
         )
     return kind
@@ -92,7 +98,8 @@ def optimal_of(scheduler: Any) -> OptimalVariance:
     table = scheduler.config.get("optimal_variance")
     if table is None:
         raise ValueError(
-            "variance_type='optimal' and grid='optimal' need the network's mean squared errors: put what estimate_optimal_variance(...) "
+            "variance_type='optimal' and grid='optimal' need the network's mean squared errors: put what "
+            "estimate_optimal_variance(...) "
             "returns into the scheduler's config, VDMScheduler.from_config(scheduler.config, optimal_variance=...)."
         )
     return OptimalVariance.from_config(table)
@@ -106,13 +113,14 @@ def chain_log_snrs(
 ) -> Tensor:
     """The log SNRs of a chain, decreasing, float64: x_1 (or z_0) first, then one for each transition.
 
-    The steps are where `set_timesteps(num_steps)` puts a sampler's (`step_grids`), but for two things. A bound's chain has both
-    ends of a table of betas, its decoder's and its prior's, so that "time" is spaced like "linspace" there, and "trailing" in log
-    SNR, whatever `timestep_spacing` is. And its z_0 is decoded, also where a sampler's last step returns x_hat instead.
+    The steps are where `set_timesteps(num_steps)` puts a sampler's (`step_grids`), but for two things. A bound's chain
+    has both ends of a table of betas, its decoder's and its prior's, so that "time" is spaced like "linspace" there,
+    and "trailing" in log SNR, whatever `timestep_spacing` is. And its z_0 is decoded, also where a sampler's last step
+    returns x_hat instead.
 
-    `num_steps` counts evaluations of the network: a chain of a table of betas needs one at x_1, so that it has `num_steps` entries;
-    one of a log-SNR schedule has `num_steps + 1`. `kind` is the chain's reverse variance, by default the scheduler's. Other arguments
-    and Raises: see `evaluate_likelihood`.
+    `num_steps` counts evaluations of the network: a chain of a table of betas needs one at x_1, so that it has
+    `num_steps` entries; one of a log-SNR schedule has `num_steps + 1`. `kind` is the chain's reverse variance, by
+    default the scheduler's. Other arguments and Raises: see `evaluate_likelihood`.
     """
     timeline, config = scheduler.timeline, scheduler.config
     trained, in_table = timeline.num_timesteps, timeline.entries is not None
@@ -158,7 +166,8 @@ def decoder_of(scheduler: Any, kind: ReverseVariance, num_levels: int | None) ->
     if scheduler.timeline.entries is None:
         return SoftmaxDecoder(scheduler.noise_schedule.log_snr_max)
     first, second = scheduler.log_snr(torch.tensor([0.0, 1.0])).double()
-    # also with optimal variances: a pixel's error at x_1 is nothing like a Gaussian of its mean square, which decodes worse
+    # also with optimal variances: a pixel's error at x_1 is nothing like a Gaussian of its mean square, which decodes
+    # worse
     variance = posterior_variance(first, second)
     return GaussianDecoder(
         log_snr_1=float(first),

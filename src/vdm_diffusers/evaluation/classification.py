@@ -47,24 +47,29 @@ def classify(
 ) -> ClassificationReport:
     r"""The posterior probability of each class for each image, p(k | x) proportional to prior_k p(x | k), with errors.
 
-    p(x | k) is the network's bound under class k. All classes see the same noisy images, so that what they have in common cancels.
+    p(x | k) is the network's bound under class k. All classes see the same noisy images, so that what they have in
+    common cancels.
 
     Args:
-        model, images, scheduler, method, num_levels, pixel_encoding, batch_size, generator, progress_bar, num_steps, grid: as of
-            `evaluate_likelihood`, for a class-conditional network. Of the methods the two that estimate the plain bound are possible.
-        class_labels: the K labels to choose among. Default: all that stand for a class, without the one for "no class".
-        prompts, space: for a text-to-image pipeline: the K prompts to choose among, and space="latent" where it is one of latents.
+        model, images, scheduler, method, num_levels, pixel_encoding, batch_size, generator, progress_bar, num_steps,
+            grid: as of `evaluate_likelihood`, for a class-conditional network. Of the methods the two that estimate
+                the plain bound are possible.
+        class_labels: the K labels to choose among. Default: all that stand for a class, without the one for "no
+            class".
+        prompts, space: for a text-to-image pipeline: the K prompts to choose among, and space="latent" where it is one
+            of latents.
         prior: (K,) positive weights of the classes, which need not sum to one. Default: all alike.
         num_samples: evaluations of the network for each image and class. More make the errors smaller.
-        drop_unlikely: leave classes out of later rounds that are more than 7 nats and 4 errors behind the best one. `report.num_evaluations`
-            says how many evaluations each class got.
+        drop_unlikely: leave classes out of later rounds that are more than 7 nats and 4 errors behind the best one.
+            `report.num_evaluations` says how many evaluations each class got.
         learn_density: place later evaluations at the log SNRs where the classes were seen to differ.
 
     Returns:
         [`ClassificationReport`]: `predictions`, `probabilities`, `log_odds` and `log_odds_error`.
 
     Raises:
-        ValueError: a network without classes, labels that it does not have, fewer than two of them, a prior that does not fit.
+        ValueError: a network without classes, labels that it does not have, fewer than two of them, a prior that does
+            not fit.
 
     Example:
     ```py
@@ -132,12 +137,15 @@ class MutualInformationReport:
 
     @property
     def mean(self) -> float:
-        """The mean over the images in bits; over images and labels that belong together it is the mutual information."""
+        """The mean over the images in bits; over images and labels that belong together it is the mutual
+        information.
+        """
         return float(self.bits.mean())
 
     def __str__(self) -> str:
         return (
-            f"{self.mean:.3f} bits an image: +- {self.standard_error:.3f} (estimator) +- {self.sampling_error:.3f} (images), "
+            f"{self.mean:.3f} bits an image: +- {self.standard_error:.3f} (estimator) +- {self.sampling_error:.3f} "
+            "(images), "
             f"{len(self.bits)} images"
         )
 
@@ -147,8 +155,8 @@ def mutual_information(
 ) -> MutualInformationReport:
     r"""How many bits a label says about its image: log2 p(x | y) - log2 p(x), both bounds by the same network.
 
-    p(x) is the network's bound under the label "no class", which it must have been trained with (`--class_dropout`). The two share all
-    noise, so that the difference has a small error.
+    p(x) is the network's bound under the label "no class", which it must have been trained with (`--class_dropout`).
+    The two share all noise, so that the difference has a small error.
 
     Args:
         model, images: as of `evaluate_likelihood`.
@@ -167,7 +175,8 @@ def mutual_information(
         without = default_label(network) if without is None else without
     if without is None:
         raise ValueError(
-            "`model` has no label for 'no class', which p(x) needs: train it with --class_dropout, or say which one it is, `without`."
+            "`model` has no label for 'no class', which p(x) needs: train it with --class_dropout, or say which one "
+            "it is, `without`."
         )
     report = compare_likelihood(
         model, model, images, a_options={"class_labels": without}, b_options={"class_labels": class_labels}, **options
@@ -198,7 +207,8 @@ def _by_prompt(
     told = prompts if prompts is not None else class_labels
     if not is_latent_pipeline(model) or components_need_space(model, space):
         raise ValueError(
-            f"`prompts` and space='latent' are for pipelines that are told a prompt or work on latents, got a {type(model).__name__}"
+            "`prompts` and space='latent' are for pipelines that are told a prompt or work on latents, got a "
+            f"{type(model).__name__}"
             + (", which is one of latents: pass space='latent'." if is_latent_pipeline(model) else ".")
         )
     told = told.tolist() if isinstance(told, Tensor) else told

@@ -59,32 +59,35 @@ def compare_likelihood(
 ) -> ComparisonReport:
     r"""The difference of two models' bits/dim on the same images, a - b, with its error. Negative: `a` is better.
 
-    Both networks see the same images at the same noise levels with the same noise, so that what they have in common cancels. For two
-    checkpoints of one run this takes hundreds of times fewer evaluations than two figures of the same accuracy.
+    Both networks see the same images at the same noise levels with the same noise, so that what they have in common
+    cancels. For two checkpoints of one run this takes hundreds of times fewer evaluations than two figures of the same
+    accuracy.
 
-    Not everything can be shared: chains of different steps, a bound in continuous time beside a chain's, VAEs. Then two separate
-    figures are subtracted; `report.is_paired` is False, and `report.settings["not_paired"]` says why.
+    Not everything can be shared: chains of different steps, a bound in continuous time beside a chain's, VAEs. Then
+    two separate figures are subtracted; `report.is_paired` is False, and `report.settings["not_paired"]` says why.
 
     Args:
-        a, b: what `evaluate_likelihood` takes, or the folder or Hub repository of a checkpoint. They may be one and the same network with two
-            labels: `a_options={"class_labels": 3}, b_options={"class_labels": 5}`.
+        a, b: what `evaluate_likelihood` takes, or the folder or Hub repository of a checkpoint. They may be one and
+            the same network with two labels: `a_options={"class_labels": 3}, b_options={"class_labels": 5}`.
         images: as of `evaluate_likelihood`. Both models must take them.
-        a_options, b_options: arguments of one side alone: `scheduler`, `class_labels`, `model_kwargs`, `num_levels`, `pixel_encoding`,
-            `clip_denoised`, `prompts`, `space`. Two prompts for one pipeline: which fits the images better.
-        method: `"continuous"`, `"discrete"`, or an object; by default each model's own, which must be the same for a paired difference.
+        a_options, b_options: arguments of one side alone: `scheduler`, `class_labels`, `model_kwargs`, `num_levels`,
+            `pixel_encoding`, `clip_denoised`, `prompts`, `space`. Two prompts for one pipeline: which fits the images
+            better.
+        method: `"continuous"`, `"discrete"`, or an object; by default each model's own, which must be the same for a
+            paired difference.
         num_samples: evaluations of each network for an image.
         target_standard_error: bits/dim, of the difference; go on until `standard_error` should be at most this.
         max_model_evaluations: of both networks together.
-        options: further arguments of `evaluate_likelihood` for both sides: those named above, `num_steps`, `grid`, `variance_type`,
-            `variance_reduction`. The other arguments are those of `evaluate_likelihood`.
+        options: further arguments of `evaluate_likelihood` for both sides: those named above, `num_steps`, `grid`,
+            `variance_type`, `variance_reduction`. The other arguments are those of `evaluate_likelihood`.
 
     Returns:
-        [`ComparisonReport`]: `difference`, `standard_error`, `sampling_error`, `share_better`, `nats` for each image, and `bands`, the
-        difference by log SNR.
+        [`ComparisonReport`]: `difference`, `standard_error`, `sampling_error`, `share_better`, `nats` for each image,
+        and `bands`, the difference by log SNR.
 
     Raises:
-        ValueError: images that one of the models does not take, models of different data shape or levels, an unknown option, a method
-            without a bound.
+        ValueError: images that one of the models does not take, models of different data shape or levels, an unknown
+            option, a method without a bound.
 
     Example:
     ```py
@@ -128,7 +131,8 @@ def compare_likelihood(
     for candidate in (first, second):
         if not isinstance(candidate.way, Continuous | Discrete):
             raise ValueError(
-                f"`method` {candidate.way.name!r} has no terms that two models could share: take 'continuous' or 'discrete'."
+                f"`method` {candidate.way.name!r} has no terms that two models could share: take 'continuous' or "
+                "'discrete'."
             )
     _check_alike(first, second)
     assert first.term is not None and second.term is not None

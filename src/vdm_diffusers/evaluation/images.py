@@ -18,7 +18,9 @@ _PIL_LEVELS = {"L": 256, "RGB": 256, "RGBA": 256, "LA": 256, "1": 2}
 
 
 def data_ndim(network: Any) -> int | None:
-    """Dimensions of a batch for a network whose class says it: 2 for vectors, 3 for audio, 4 for images, 5 for video; else None."""
+    """Dimensions of a batch for a network whose class says it: 2 for vectors, 3 for audio, 4 for images, 5 for video;
+    else None.
+    """
     name, config = type(network).__name__, getattr(network, "config", None)
     if config is None:
         return None
@@ -31,10 +33,11 @@ def data_ndim(network: Any) -> int | None:
 def load_images(images: Any, class_labels: Any, num_levels: int | None, ndim: int | None = None) -> tuple[Tensor, Any]:
     """All images as one integer tensor (N, C, H, W), or data of another shape (N, ...), and their labels.
 
-    `ndim`: of a batch, where the network says it. Without it a tensor of three dimensions is one image of integers, or a batch (N, C, L)
-    of numbers.
+    `ndim`: of a batch, where the network says it. Without it a tensor of three dimensions is one image of integers, or
+    a batch (N, C, L) of numbers.
 
-    Labels are read from the data set if `class_labels` names a column, and from batches of (images, labels) if it is None.
+    Labels are read from the data set if `class_labels` names a column, and from batches of (images, labels) if it is
+    None.
     """
     if isinstance(images, PIL.Image.Image):
         images = [images]
@@ -65,7 +68,8 @@ def load_images(images: Any, class_labels: Any, num_levels: int | None, ndim: in
         part = to_levels(batch, num_levels, ndim)
         if parts and part.shape[1:] != parts[0].shape[1:]:
             raise ValueError(
-                f"all of `images` must have one size, got {tuple(parts[0].shape[1:])} and {tuple(part.shape[1:])}: resize them "
+                f"all of `images` must have one size, got {tuple(parts[0].shape[1:])} and {tuple(part.shape[1:])}: "
+                "resize them "
                 "as the model's training data were."
             )
         parts.append(part)
@@ -83,7 +87,9 @@ def read_once(images: Any) -> Any:
 
 
 def _as_batch(value: Any, ndim: int | None) -> Any:
-    """Arrays, nested lists and single images as a tensor (B, C, H, W); anything else, and data of another `ndim`, as it is."""
+    """Arrays, nested lists and single images as a tensor (B, C, H, W); anything else, and data of another `ndim`, as
+    it is.
+    """
     if ndim not in (None, 4):
         return torch.as_tensor(value) if isinstance(value, (np.ndarray, list, tuple)) else value
     if isinstance(value, (np.ndarray, list, tuple)) and not any(isinstance(one, Tensor) for one in value):
@@ -97,7 +103,9 @@ def _as_batch(value: Any, ndim: int | None) -> Any:
 
 
 def to_levels(batch: Any, num_levels: int | None, ndim: int | None = None) -> Tensor:
-    """A batch, or one image, as integers (B, C, H, W) on the CPU, in the smallest dtype; data of another shape likewise."""
+    """A batch, or one image, as integers (B, C, H, W) on the CPU, in the smallest dtype; data of another shape
+    likewise.
+    """
     if (
         isinstance(batch, Tensor)
         and ndim is None
@@ -117,12 +125,14 @@ def to_levels(batch: Any, num_levels: int | None, ndim: int | None = None) -> Te
         mode_levels = _PIL_LEVELS.get(batch.mode)
         if mode_levels is None:
             raise ValueError(
-                f"`images` holds a PIL image of mode {batch.mode!r}, whose values are no levels 0..255: convert it to 'L' or 'RGB', "
+                f"`images` holds a PIL image of mode {batch.mode!r}, whose values are no levels 0..255: convert it to "
+                "'L' or 'RGB', "
                 "or pass integer tensors."
             )
         if mode_levels != num_levels:
             raise ValueError(
-                f"`images` holds PIL images of {mode_levels} levels, but `num_levels` is {num_levels}: pass integer tensors of levels "
+                f"`images` holds PIL images of {mode_levels} levels, but `num_levels` is {num_levels}: pass integer "
+                "tensors of levels "
                 f"0..{num_levels - 1}."
             )
         width, height = batch.size
@@ -139,8 +149,8 @@ def to_levels(batch: Any, num_levels: int | None, ndim: int | None = None) -> Te
         known = {(0, 1): f"(images * {top})", (-1, 1): f"((images + 1) / 2 * {top})"}
         scaled = next((text for (a, b), text in known.items() if a <= low <= high <= b), None)
         raise ValueError(
-            f"`images` must be integers 0..{top}, got {batch.dtype} from {low:g} to {high:g}. Likelihoods in bits/dim are of integers"
-            + (f": pass {scaled}.round().to({dtype})." if scaled else ".")
+            f"`images` must be integers 0..{top}, got {batch.dtype} from {low:g} to {high:g}. Likelihoods in "
+            "bits/dim are of integers" + (f": pass {scaled}.round().to({dtype})." if scaled else ".")
         )
     if batch.ndim != (ndim or 4):
         raise ValueError(f"`images` must have shape {shape}, got {tuple(batch.shape)}.")
@@ -148,7 +158,8 @@ def to_levels(batch: Any, num_levels: int | None, ndim: int | None = None) -> Te
     batch = batch.to(torch.int64) if batch.dtype in (torch.uint16, torch.uint32, torch.uint64) else batch
     if batch.numel() and not 0 <= int(batch.min()) <= int(batch.max()) < num_levels:
         raise ValueError(
-            f"`images` must hold levels in 0..{num_levels - 1}, got {int(batch.min())}..{int(batch.max())}. Is `num_levels` right?"
+            f"`images` must hold levels in 0..{num_levels - 1}, got {int(batch.min())}..{int(batch.max())}. Is "
+            "`num_levels` right?"
         )
     return batch.to(torch.uint8 if num_levels <= 256 else torch.int32)
 
@@ -162,7 +173,8 @@ def _image_column(dataset: Any) -> str:
     columns = [name for name, feature in dataset.features.items() if type(feature).__name__ in ("Image", "Array3D")]
     if len(columns) != 1:
         raise ValueError(
-            f"`images` must have one column of images, got {columns or 'none'} among {dataset.column_names}: choose with "
+            f"`images` must have one column of images, got {columns or 'none'} among {dataset.column_names}: choose "
+            "with "
             "dataset.select_columns(...), or cast_column(name, datasets.Image())."
         )
     return columns[0]
@@ -180,7 +192,8 @@ def check_size(network: Callable[..., Any], levels: Tensor) -> None:
         expected = (size, size) if isinstance(size, int) else tuple(size)
         if expected != tuple(levels.shape[2:]):
             raise ValueError(
-                f"`images` must have the model's size {expected[0]}x{expected[1]}, got {levels.shape[2]}x{levels.shape[3]}: a bound at "
+                f"`images` must have the model's size {expected[0]}x{expected[1]}, got "
+                f"{levels.shape[2]}x{levels.shape[3]}: a bound at "
                 "another size is one of a model that nobody trained. Resize the images as the training data were."
             )
 

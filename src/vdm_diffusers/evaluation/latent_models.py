@@ -32,7 +32,8 @@ def evaluate_latent_model(
     """The bound of a VAE, a hierarchical VAE or a VAE with a diffusion prior. Arguments as in `evaluate_likelihood`.
 
     Args:
-        method: None, the evidence lower bound from `num_samples` passes; or "importance_weighted", the bound of half as many draws, twice.
+        method: None, the evidence lower bound from `num_samples` passes; or "importance_weighted", the bound of half
+            as many draws, twice.
         options: of other models: all must be None.
     Raises:
         ValueError: an option that means nothing here, a method that the model does not have, images that do not fit.

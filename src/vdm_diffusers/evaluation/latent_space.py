@@ -1,8 +1,9 @@
-"""Text-to-image and latent pipelines of Diffusers, as a model of latents: network, scheduler, latents, and what the network is told.
+"""Text-to-image and latent pipelines of Diffusers, as a model of latents: network, scheduler, latents, and what the
+network is told.
 
-How a pipeline turns a prompt into arguments of its network differs from class to class. So the pipeline does it itself: it is run without
-guidance up to the first call of its network, and the arguments of that call are kept. The estimators then call the network with the same arguments
-and noisy latents of their own.
+How a pipeline turns a prompt into arguments of its network differs from class to class. So the pipeline does it
+itself: it is run without guidance up to the first call of its network, and the arguments of that call are kept. The
+estimators then call the network with the same arguments and noisy latents of their own.
 """
 
 from __future__ import annotations
@@ -89,12 +90,16 @@ class LatentTask:
 
     @property
     def data(self) -> dict[str, Any]:
-        """What `Candidate.of` is told about the data: latents are continuous, the pixels of a pixel-space pipeline are 256 levels."""
+        """What `Candidate.of` is told about the data: latents are continuous, the pixels of a pixel-space pipeline
+        are 256 levels.
+        """
         return {"num_levels": None} if self.levels is None else {"num_levels": 256, "pixel_encoding": "endpoint"}
 
 
 def is_latent_pipeline(model: Any) -> bool:
-    """Whether `model` is one of Diffusers' pipelines with an autoencoder (or a transformer that is told a prompt) and a scheduler."""
+    """Whether `model` is one of Diffusers' pipelines with an autoencoder (or a transformer that is told a prompt) and
+    a scheduler.
+    """
     components = getattr(model, "components", None)
     if not isinstance(components, dict) or components.get("scheduler") is None:
         return False
@@ -121,8 +126,8 @@ def in_latent_space(
         class_labels: the same, of a class-to-image pipeline.
         one_for_each: prompts belong to the images. False: they are alternatives for all of them.
     Raises:
-        ValueError: a pipeline that has no such parts or calls its network in a way that is not understood; prompts that it cannot take,
-            or of another number than the images.
+        ValueError: a pipeline that has no such parts or calls its network in a way that is not understood; prompts
+            that it cannot take, or of another number than the images.
     """
     name = type(pipe).__name__
     network = pipe.components.get("transformer")
@@ -138,15 +143,33 @@ def in_latent_space(
     first = captured[0]
     kept, shared = _sorted_out([c.arguments for c in captured], name)
     latents = _encode(pipe, levels, first.shape)
+    prompted = PromptedNetwork(network, first.sample_name, first.time_name, first.time_scale, first.time_dtype, shared)
     rows = torch.tensor([different.index(value) for value in given])
-    return LatentTask(
-        PromptedNetwork(network, first.sample_name, first.time_name, first.time_scale, first.time_dtype, shared),
+    task = LatentTask(
+        prompted,
         pipe.scheduler,
         latents,
         kept,
         rows if one_for_each else torch.arange(len(different)),
         levels if pipe.components.get("vae") is None else None,
     )
+    _try(task, name)
+    return task
+
+
+def _try(task: LatentTask, name: str) -> None:
+    """Call the network for two images at once, as the estimators will. Raises ValueError if it cannot be called so."""
+    device, dtype = next(task.network.parameters()).device, task.network.dtype
+    sample = torch.randn(2, *task.latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    kept = {key: rows[[0, -1]].to(device) for key, rows in task.kept.items()}
+    try:
+        output = task.network(sample, torch.tensor([10, 10], device=device), **kept)
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"the network of a {name} cannot be called for several images at once ({_short(error)})."
+        ) from error
+    if output.shape[2:] != sample.shape[2:] or output.shape[1] not in (sample.shape[1], 2 * sample.shape[1]):
+        raise ValueError(f"the network of a {name} answers {tuple(output.shape)} to a sample {tuple(sample.shape)}.")
 
 
 def _integers(images: Any) -> Tensor:
@@ -181,7 +204,8 @@ def _given(
         return [told] * (number or 1)
     if number is not None and len(told) != number:
         raise ValueError(
-            f"`{'prompts' if prompts is not None else 'class_labels'}` must be one, or one for each of the {number} images, got {len(told)}."
+            f"`{'prompts' if prompts is not None else 'class_labels'}` must be one, or one for each of the {number} "
+            f"images, got {len(told)}."
         )
     return list(told)
 
@@ -236,7 +260,8 @@ def _capture(
             wanted = [n for n in ("image", "video", "control_image", "mask_image") if n in takes]
             more = f" It takes {' and '.join(wanted)} besides, which is not supported." if wanted else ""
             raise ValueError(
-                f"a {name} could not be run for {told!r} at {size[0]}x{size[1]}, which its likelihood needs ({_short(error)}).{more}"
+                f"a {name} could not be run for {told!r} at {size[0]}x{size[1]}, which its likelihood needs "
+                f"({_short(error)}).{more}"
             ) from error
     finally:
         handle.remove()
@@ -269,7 +294,8 @@ def _time_scale(name: str, seen: float, of_scheduler: float) -> float:
         if abs(seen - scale * of_scheduler) <= 2e-3 * abs(seen) + 1e-9:
             return scale
     raise ValueError(
-        f"a {name} tells its network {seen:g} at the timestep {of_scheduler:g}: its time runs in a way that is not known here."
+        f"a {name} tells its network {seen:g} at the timestep {of_scheduler:g}: its time runs in a way that is not "
+        "known here."
     )
 
 
@@ -313,7 +339,9 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _encode(pipe: Any, levels: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The means of the autoencoder's latents in the network's units, packed as the pipeline packs them: float32 on the CPU."""
+    """The means of the autoencoder's latents in the network's units, packed as the pipeline packs them: float32 on
+    the CPU.
+    """
     name, vae = type(pipe).__name__, pipe.components.get("vae")
     if vae is None:  # a model of pixels
         return _of_shape(levels.float() / 127.5 - 1, shape, name)
@@ -333,7 +361,10 @@ def _encode(pipe: Any, levels: Tensor, shape: tuple[int, ...]) -> Tensor:
             z = encoded.latent
         else:
             raise ValueError(f"the `vae` of a {name}, a {type(vae).__name__}, has no Gaussian latents.")
-        parts.append(_scaled(vae.config, z.float()).cpu())
+        try:
+            parts.append(_scaled(vae.config, z.float()).cpu())
+        except RuntimeError as error:
+            raise ValueError(f"the `vae` of a {name} scales its latents in a way that is not known here.") from error
     latents = torch.cat(parts)
     if latents.ndim == 4 and len(shape) == 3:
         if not hasattr(pipe, "_pack_latents"):
@@ -353,7 +384,8 @@ def _scaled(config: Any, z: Tensor) -> Tensor:
 def _of_shape(latents: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
     if tuple(latents.shape[1:]) != tuple(shape[1:]):
         raise ValueError(
-            f"the images come to latents {tuple(latents.shape[1:])}, and a {name} gives its network {tuple(shape[1:])}: its network takes more than "
+            f"the images come to latents {tuple(latents.shape[1:])}, and a {name} gives its network "
+            f"{tuple(shape[1:])}: its network takes more than "
             "noisy latents, or images of another size."
         )
     return latents

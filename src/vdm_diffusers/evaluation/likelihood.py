@@ -62,74 +62,89 @@ def evaluate_likelihood(
 ) -> LikelihoodReport:
     r"""Bits/dim of images under a diffusion model, with the error of the estimate.
 
-    The chain of a bound is that of ancestral sampling, also where the scheduler samples with another `stochasticity` (except 0).
+    The chain of a bound is that of ancestral sampling, also where the scheduler samples with another `stochasticity`
+    (except 0).
 
     The first two methods estimate the bound -ln p(x) <= prior + diffusion + reconstruction:
 
     - `"continuous"`: the diffusion term is an integral over log SNR (VDM). Default for schedules given in log SNR.
     - `"discrete"`: the bound of a chain of `num_steps` steps. Default for tables of betas, with the table's own steps.
-    - `"importance_weighted"`: the K-sample bound of that chain, tighter, from K = `num_samples` // 2 whole chains, twice.
-    - `"ode"`: -ln p of the probability-flow ODE, another model with the same network; `num_samples` trajectories an image.
+    - `"importance_weighted"`: the K-sample bound of that chain, tighter, from K = `num_samples` // 2 whole chains,
+      twice.
+    - `"ode"`: -ln p of the probability-flow ODE, another model with the same network; `num_samples` trajectories an
+      image.
 
-    A schedule given in log SNR ends at `z_0`, and its pixels are decoded by VDM's softmax, whose expectation is computed exactly. A table
-    of betas ends at `x_1` with DDPM's discretised Gaussian around the network's `x_hat`, of the posterior variance of the
-    second step (or the network's own, if learned); in continuous time it is interpolated linearly in log SNR. Nothing is clipped.
+    A schedule given in log SNR ends at `z_0`, and its pixels are decoded by VDM's softmax, whose expectation is
+    computed exactly. A table of betas ends at `x_1` with DDPM's discretised Gaussian around the network's `x_hat`, of
+    the posterior variance of the second step (or the network's own, if learned); in continuous time it is interpolated
+    linearly in log SNR. Nothing is clipped.
 
     Args:
-        model: a [`VDMPipeline`]; a [`VariationalAutoencoder`], [`HierarchicalVAE`] or [`LatentVDMPipeline`], whose own (joint) bound is
-            evaluated in `num_samples` passes; any pipeline with `unet` and `scheduler` that works on pixels, or, with `scheduler`, any
-            callable `(sample, timestep) -> prediction` that returns a tensor or an object with `.sample`. A module is put into
-            eval mode meanwhile. It is given the sample in its own dtype on its own device (a mere callable: float32,
-            CPU) and timesteps `(B,)`: int64 if they are whole numbers, else float32.
-        images: integers `0..num_levels-1` as uint8 or another integer dtype, `(N, C, H, W)`; an iterable of such batches, or
-            of PIL images; or a `datasets.Dataset` with a column of images. Each image is counted once.
-        scheduler: what the model was trained with, a [`VDMScheduler`] or one of Diffusers' with a table of betas. Default:
-            the pipeline's.
-        method: a word from above, or an object with options of its own: [`Continuous`], [`Discrete`], [`ImportanceWeighted`],
-            [`ProbabilityFlow`]. The words take their options from the arguments here; an option of another method is refused.
+        model: a [`VDMPipeline`]; a [`VariationalAutoencoder`], [`HierarchicalVAE`] or [`LatentVDMPipeline`], whose own
+            (joint) bound is evaluated in `num_samples` passes; any pipeline with `unet` and `scheduler` that works on
+            pixels, or, with `scheduler`, any callable `(sample, timestep) -> prediction` that returns a tensor or an
+            object with `.sample`. A module is put into eval mode meanwhile. It is given the sample in its own dtype on
+            its own device (a mere callable: float32, CPU) and timesteps `(B,)`: int64 if they are whole numbers, else
+            float32.
+        images: integers `0..num_levels-1` as uint8 or another integer dtype, `(N, C, H, W)`; an iterable of such
+            batches, or of PIL images; or a `datasets.Dataset` with a column of images. Each image is counted once.
+        scheduler: what the model was trained with, a [`VDMScheduler`] or one of Diffusers' with a table of betas.
+            Default: the pipeline's.
+        method: a word from above, or an object with options of its own: [`Continuous`], [`Discrete`],
+            [`ImportanceWeighted`], [`ProbabilityFlow`]. The words take their options from the arguments here; an
+            option of another method is refused.
         num_steps: steps of the discrete chain. Default: the scheduler's `num_train_timesteps`.
-        grid: where they are: `"time"`, uniform in t (in a table's index); `"log_snr"`, uniform in log SNR; `"optimal"`, chosen by dynamic
-            programming for the smallest bound (needs the scheduler's `optimal_variance`); or the log SNRs themselves, decreasing, both
-            ends included. Default: the scheduler's `step_grid`, else `"time"`; with `variance_type="optimal"`, which is worth little on
-            others, `"optimal"` for fewer steps than `num_train_timesteps` and `"log_snr"` for more. In a table of betas every step is an
+        grid: where they are: `"time"`, uniform in t (in a table's index); `"log_snr"`, uniform in log SNR;
+            `"optimal"`, chosen by dynamic programming for the smallest bound (needs the scheduler's
+            `optimal_variance`); or the log SNRs themselves, decreasing, both ends included. Default: the scheduler's
+            `step_grid`, else `"time"`; with `variance_type="optimal"`, which is worth little on others, `"optimal"`
+            for fewer steps than `num_train_timesteps` and `"log_snr"` for more. In a table of betas every step is an
             entry of the table.
         num_samples: evaluations of the model for an image, spread over time, more where they are worth more.
-        num_levels: number of levels of a pixel. Default: the pipeline's own, else 256. `None`: the data are continuous, floats as the
-            model takes them, with a Gaussian decoder; read `nats_per_dim`.
-        pixel_encoding: `"bin_center"` or `"endpoint"`, how the model was trained to see level k. Default: a `VDMPipeline`'s own;
-            `"endpoint"` for other pipelines, which is what Diffusers trains with; `"bin_center"` for a model without a pipeline.
+        num_levels: number of levels of a pixel. Default: the pipeline's own, else 256. `None`: the data are
+            continuous, floats as the model takes them, with a Gaussian decoder; read `nats_per_dim`.
+        pixel_encoding: `"bin_center"` or `"endpoint"`, how the model was trained to see level k. Default: a
+            `VDMPipeline`'s own; `"endpoint"` for other pipelines, which is what Diffusers trains with; `"bin_center"`
+            for a model without a pipeline.
         batch_size: evaluations at a time. The result does not depend on it.
         class_labels: one for all images, one for each, or the name of a dataset's column.
-        model_kwargs: further arguments of the model. A tensor of N rows has one for each image, a tensor of one row one for all.
+        model_kwargs: further arguments of the model. A tensor of N rows has one for each image, a tensor of one row
+            one for all.
         generator: of the noise, or a seed. The result depends on its seed alone, not on the batch size.
         progress_bar: show one.
         variance_type: the reverse variance of the discrete chain, instead of the scheduler's.
         clip_denoised: clamp the predicted image to [-1, 1]. That is another model, with a bound of its own.
-        variance_reduction: learn from the first evaluations where further ones are worth most, and use control variates. False:
-            the plain stratified average, in which images do not touch each other.
-        target_standard_error: bits/dim; go on beyond `num_samples` until `standard_error` should be at most this. Independent
-            evaluations decide it, so that the figure stays unbiased; the error reported may come out a little above.
-        max_model_evaluations: in all; where to stop whether or not the target is reached. (For the ODE, whose cost shows only as it
-            runs, two trajectories an image come first, and as many of the others as should fit.)
-        dequantization: for the ODE: `"none"` (the noise of `z_0` and the softmax decoder), `"uniform"` or `"truncated_normal"`; all give
-            bounds on the flow's -ln p of the integers. See `vdm_diffusers.probability_flow`.
-        divergence: for the ODE: `"hutchinson"` (one fixed probe a trajectory, unbiased) or `"exact"` (D backward passes a step).
+        variance_reduction: learn from the first evaluations where further ones are worth most, and use control
+            variates. False: the plain stratified average, in which images do not touch each other.
+        target_standard_error: bits/dim; go on beyond `num_samples` until `standard_error` should be at most this.
+            Independent evaluations decide it, so that the figure stays unbiased; the error reported may come out a
+            little above.
+        max_model_evaluations: in all; where to stop whether or not the target is reached. (For the ODE, whose cost
+            shows only as it runs, two trajectories an image come first, and as many of the others as should fit.)
+        dequantization: for the ODE: `"none"` (the noise of `z_0` and the softmax decoder), `"uniform"` or
+            `"truncated_normal"`; all give bounds on the flow's -ln p of the integers. See
+            `vdm_diffusers.probability_flow`.
+        divergence: for the ODE: `"hutchinson"` (one fixed probe a trajectory, unbiased) or `"exact"` (D backward
+            passes a step).
         tolerance: of the ODE's solver, relative and absolute.
-        resume_dir: a folder for partial results: an evaluation with the same arguments, images and weights that was cut off goes
-            on from there, with another target or limit too. Without `generator` the seed is then 0.
-        accelerator: an `accelerate.Accelerator`, whose processes share the work, batch by batch, and all get the same report. Images
-            and arguments must be the same everywhere; the figure is that of one process.
-        prompts: for a text-to-image pipeline, one for all images or one for each; "" by default. The pipeline itself encodes them.
-        space: `"latent"`: the likelihood of the latents that a pipeline's `vae` makes of the images (their means), a density in nats for
-            each number of a latent (`nats_per_dim`). It is not one of the images: the autoencoder's own likelihood is missing.
+        resume_dir: a folder for partial results: an evaluation with the same arguments, images and weights that was
+            cut off goes on from there, with another target or limit too. Without `generator` the seed is then 0.
+        accelerator: an `accelerate.Accelerator`, whose processes share the work, batch by batch, and all get the same
+            report. Images and arguments must be the same everywhere; the figure is that of one process.
+        prompts: for a text-to-image pipeline, one for all images or one for each; "" by default. The pipeline itself
+            encodes them.
+        space: `"latent"`: the likelihood of the latents that a pipeline's `vae` makes of the images (their means), a
+            density in nats for each number of a latent (`nats_per_dim`). It is not one of the images: the
+            autoencoder's own likelihood is missing.
 
     Returns:
-        [`LikelihoodReport`]: `bits_per_dim`, `standard_error` (of the estimate, for these images), `sampling_error` (between images),
-        and for each image, in nats, `nats`, `prior`, `diffusion`, `reconstruction`.
+        [`LikelihoodReport`]: `bits_per_dim`, `standard_error` (of the estimate, for these images), `sampling_error`
+        (between images), and for each image, in nats, `nats`, `prior`, `diffusion`, `reconstruction`.
 
     Raises:
-        ValueError: if there is no finite bound, or the figure would not be one: deterministic sampling, latents, guidance, images
-            that are floats, of another size, or of more levels; a learned variance that the method cannot use.
+        ValueError: if there is no finite bound, or the figure would not be one: deterministic sampling, latents,
+            guidance, images that are floats, of another size, or of more levels; a learned variance that the method
+            cannot use.
 
     Example:
     ```py

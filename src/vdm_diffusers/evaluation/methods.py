@@ -119,7 +119,8 @@ def chosen_method(method: Method | EstimationMethod, options: Mapping[str, Any])
             raise ValueError(f"`method` must be one of {', '.join(METHODS)}, or a {classes} object, got {method!r}.")
         if given:
             raise ValueError(
-                f"`{next(iter(given))}` was given beside a method object: write method={type(method).__name__}({next(iter(given))}=...)."
+                f"`{next(iter(given))}` was given beside a method object: write "
+                f"method={type(method).__name__}({next(iter(given))}=...)."
             )
         return method
     if method not in _CLASSES:
@@ -129,6 +130,7 @@ def chosen_method(method: Method | EstimationMethod, options: Mapping[str, Any])
         if name not in own:
             others = [word for word, c in _CLASSES.items() if name in {field.name for field in fields(c)}]
             raise ValueError(
-                f"`{name}` belongs to method={' or '.join(map(repr, others))}, got {value} with method={method!r}: leave it out."
+                f"`{name}` belongs to method={' or '.join(map(repr, others))}, got {value} with method={method!r}: "
+                "leave it out."
             )
     return _CLASSES[method](**given)

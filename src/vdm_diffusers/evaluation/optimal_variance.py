@@ -38,35 +38,40 @@ def estimate_optimal_variance(
     generator: torch.Generator | None = None,
     progress_bar: bool = True,
 ) -> dict[str, list[Any]]:
-    r"""What `variance_type="optimal"` needs: E|x - x_hat|^2 / D of a network, measured on training images, against log SNR.
+    r"""What `variance_type="optimal"` needs: E|x - x_hat|^2 / D of a network, measured on training images, against log
+    SNR.
 
-    The reverse variance posterior + (coefficient of x)^2 E|x - x_hat|^2 / D gives the smallest bound that any variance of this form can,
-    whatever the network; with `per_frequency` that of the best one for each band of frequencies, which is smaller still. It pays with few
-    steps on a grid to match, which the scheduler and [`evaluate_likelihood`] then choose by default (`step_grid`, `grid`). On a
-    linear-beta grid uniform in t it may give samples that look worse, though their likelihood is higher.
+    The reverse variance posterior + (coefficient of x)^2 E|x - x_hat|^2 / D gives the smallest bound that any variance
+    of this form can, whatever the network; with `per_frequency` that of the best one for each band of frequencies,
+    which is smaller still. It pays with few steps on a grid to match, which the scheduler and [`evaluate_likelihood`]
+    then choose by default (`step_grid`, `grid`). On a linear-beta grid uniform in t it may give samples that look
+    worse, though their likelihood is higher.
 
     Args: as in [`evaluate_likelihood`]; besides
-        images: a few hundred training images. None: the network's own samples, `num_images` of them by ancestral sampling in `num_steps` steps
-            (with as many evaluations each), rounded to levels if there are any. They are those of the model, not of the data: what it has
-            not learned is missing.
-        per_frequency: one mse for each channel and each of at most 32 radial bands of the cosine transform, for images of this one size.
-            Bands of low frequency hold few coefficients: let `num_samples` times the images be some hundred times `num_knots`.
+        images: a few hundred training images. None: the network's own samples, `num_images` of them by ancestral
+            sampling in `num_steps` steps (with as many evaluations each), rounded to levels if there are any. They are
+            those of the model, not of the data: what it has not learned is missing.
+        per_frequency: one mse for each channel and each of at most 32 radial bands of the cosine transform, for images
+            of this one size. Bands of low frequency hold few coefficients: let `num_samples` times the images be some
+            hundred times `num_knots`.
         form: `"error"`, E|x - x_hat|^2, optimal for every network; `"analytic"`, Analytic-DPM's
-            sigma^2/alpha^2 (1 - E|eps_hat|^2 / D), which looks at the network's answers alone and equals it for an exact network only.
-            Default: `"error"` with images, `"analytic"` without.
+            sigma^2/alpha^2 (1 - E|eps_hat|^2 / D), which looks at the network's answers alone and equals it for an
+            exact network only. Default: `"error"` with images, `"analytic"` without.
         num_knots: number of log SNRs, equally spaced over the schedule; at most 64 with `per_frequency`.
         num_samples: evaluations of the model for an image, spread over the knots.
         sample_shape: (C, H, W) of the model's own samples. Default: from the model's config.
 
     Returns:
-        `{"log_snr": [...], "mse": [...]}`, with `"shape": [C, H, W]` if by frequency, for the scheduler's config, where it travels with the
-        checkpoint: `VDMScheduler.from_config(scheduler.config, variance_type="optimal", optimal_variance=...)`.
+        `{"log_snr": [...], "mse": [...]}`, with `"shape": [C, H, W]` if by frequency, for the scheduler's config,
+        where it travels with the checkpoint:
+            `VDMScheduler.from_config(scheduler.config, variance_type="optimal", optimal_variance=...)`.
 
     Raises:
-        ValueError: besides those of [`evaluate_likelihood`], a model without images that does not say its samples' shape; more knots than
-            a scheduler takes.
+        ValueError: besides those of [`evaluate_likelihood`], a model without images that does not say its samples'
+            shape; more knots than a scheduler takes.
 
-    Source: Bao et al. 2022, "Analytic-DPM", theorem 1; Bao et al. 2022, "Estimating the Optimal Covariance with Imperfect Mean".
+    Source: Bao et al. 2022, "Analytic-DPM", theorem 1; Bao et al. 2022, "Estimating the Optimal Covariance with
+    Imperfect Mean".
     """
     network, scheduler, num_levels, pixel_encoding = unpack(model, scheduler, num_levels, pixel_encoding)
     chain = adopt(scheduler)
@@ -119,7 +124,8 @@ def _own_shape(network: Any, sample_shape: Sequence[int] | None) -> tuple[int, .
         channels, size = (None if config is None else config.get(key) for key in ("in_channels", "sample_size"))
         if channels is None or size is None:
             raise ValueError(
-                "without `images` `sample_shape=(C, H, W)` is needed: the model's config does not say how large its samples are."
+                "without `images` `sample_shape=(C, H, W)` is needed: the model's config does not say how large its "
+                "samples are."
             )
         sample_shape = (channels, *((size, size) if isinstance(size, int) else size))
     return tuple(int(n) for n in sample_shape)

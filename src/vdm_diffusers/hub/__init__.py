@@ -4,12 +4,13 @@
     publish_folder("outputs/run", "me/my-model")           # or run_as_future=True, while training goes on
     write_model_card("outputs/run", ModelDescription(...))
 
-A card states figures as `Measurement`s. Each carries its error bars, the data it was measured on, how, and a `Provenance`; there
-is no way to write a number without them. What is pushed is the model, its card and its pictures, and nothing that looks like a
-token; weights are safetensors.
+A card states figures as `Measurement`s. Each carries its error bars, the data it was measured on, how, and a
+`Provenance`; there is no way to write a number without them. What is pushed is the model, its card and its pictures,
+and nothing that looks like a token; weights are safetensors.
 
-A published repository loads in three ways: with this package, through Diffusers with this package imported, and without it, by
-the code files that `publish_folder` adds (`travelling_code`): the package's own sources in one file, made when publishing.
+A published repository loads in three ways: with this package, through Diffusers with this package imported, and
+without it, by the code files that `publish_folder` adds (`travelling_code`): the package's own sources in one file,
+made when publishing.
 """
 
 from vdm_diffusers.hub.cards import PICTURES as PICTURES

@@ -17,12 +17,16 @@ from vdm_diffusers.hub.measurements import Measurement, ModelDescription, Proven
 logger = logging.get_logger(__name__)
 
 HUB_NAMESPACE: str | None = None
-"""Where the models of `model_cards/` live on the Hub. While it is None they are loaded from that folder of a checkout."""
+"""Where the models of `model_cards/` live on the Hub. While it is None they are loaded from that folder of a
+checkout.
+"""
 PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".gif")
 
 
 def model_location(name: str) -> str:
-    """What `from_pretrained` is given for the model of `model_cards/<name>`: its Hub id once published, else the folder."""
+    """What `from_pretrained` is given for the model of `model_cards/<name>`: its Hub id once published, else the
+    folder.
+    """
     return f"{HUB_NAMESPACE}/{name}" if HUB_NAMESPACE else f"model_cards/{name}"
 
 
@@ -37,15 +41,17 @@ def class_name(folder: pathlib.Path) -> str:
 
 
 def write_model_card(folder: str | os.PathLike[str], description: ModelDescription) -> pathlib.Path:
-    """Write README.md into the folder of a saved `VDMPipeline`: metadata with the model-index, figures, usage, provenance.
+    """Write README.md into the folder of a saved `VDMPipeline`: metadata with the model-index, figures, usage,
+    provenance.
 
-    The code in the section on usage runs as printed where `description.location` can be loaded; `publish_folder` puts the
-    repository's name there. Raises ValueError if an image is not in the folder.
+    The code in the section on usage runs as printed where `description.location` can be loaded; `publish_folder` puts
+    the repository's name there. Raises ValueError if an image is not in the folder.
     """
     folder = pathlib.Path(folder)
     missing = [name for name in description.images if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"`images` must be files in {folder}, got {missing}.")
+    usage = _usage(description.location, folder, description.num_inference_steps, published=False)
     data = _card_data(description.license, description.tags)
     data.datasets = list(description.training_data) or None
     data.model_name = description.title
@@ -56,7 +62,7 @@ def write_model_card(folder: str | os.PathLike[str], description: ModelDescripti
         *(f"![{caption}]({name})\n\n*{caption}*" for name, caption in description.images.items()),
         *(["## Likelihood", _figures(description.measurements)] if description.measurements else []),
         "## Usage",
-        f"{_USAGE[0]}\n{_usage(description.location, folder, description.num_inference_steps, published=False)}\n{_USAGE[1]}",
+        f"{_USAGE[0]}\n{usage}\n{_USAGE[1]}",
         "## Training",
         description.training,
         _provenance_table(description.provenance, {"time": description.duration}),
@@ -157,7 +163,8 @@ def _figures(measurements: Sequence[Measurement]) -> str:
         (
             f"The error is the estimator's own: one image says nothing of others ({m.standard_error:.2g}).\n\n"
             if m.sampling_error is None
-            else f"The error combines the estimator's own ({m.standard_error:.2g}) with that between images ({m.sampling_error:.2g}).\n\n"
+            else f"The error combines the estimator's own ({m.standard_error:.2g}) with that between images "
+            f"({m.sampling_error:.2g}).\n\n"
         )
         + _provenance_table(m.provenance, {"model evaluations": str(m.num_model_evaluations)})
         for m in measurements
@@ -198,7 +205,8 @@ def _usage(location: str, folder: pathlib.Path, num_inference_steps: int, publis
                 "",
                 f'model = {class_name}.from_pretrained("{location}")',
                 f"levels = model.sample(4)  # integers 0 to {index['num_levels'] - 1}",
-                f"images = torch.randint({index['num_levels']}, (8, {index['in_channels']}, {height}, {width}))  # yours in place of noise",
+                f"images = torch.randint({index['num_levels']}, (8, {index['in_channels']}, {height}, {width}))  # "
+                "yours in place of noise",
                 "report = evaluate_latent_likelihood(model.bound, images)",
                 "print(report.bits_per_dim, report.standard_error)",
                 "```",
@@ -229,7 +237,8 @@ def _usage(location: str, folder: pathlib.Path, num_inference_steps: int, publis
         "import torch",
         "from vdm_diffusers import evaluate_likelihood",
         "",
-        f"images = torch.randint({levels}, (8, {network.get('in_channels', 3)}, {height}, {width}))  # yours in place of noise",
+        f"images = torch.randint({levels}, (8, {network.get('in_channels', 3)}, {height}, {width}))  # yours in "
+        "place of noise",
         f"report = evaluate_likelihood(pipe, images{label_argument})",
         "print(report.bits_per_dim, report.standard_error)",
         "```",
@@ -240,7 +249,8 @@ def _usage(location: str, folder: pathlib.Path, num_inference_steps: int, publis
             "```python",
             "from diffusers import DiffusionPipeline",
             "",
-            f'pipe = DiffusionPipeline.from_pretrained("{location}", custom_pipeline="vdm_diffusers", trust_remote_code=True)',
+            f'pipe = DiffusionPipeline.from_pretrained("{location}", '
+            'custom_pipeline="vdm_diffusers", trust_remote_code=True)',
             f"images = {sample}.images",
             "```",
         ]
@@ -261,7 +271,8 @@ def short_card(repo_id: str, folder: pathlib.Path) -> str:
     """For a repository that would have no card: what it is and how to use it, and not one figure."""
     return str(
         ModelCard(
-            f"---\n{_card_data(None).to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n\nA variational diffusion model.\n\n## Usage\n\n"
+            f"---\n{_card_data(None).to_yaml()}\n---\n\n# {repo_id.split('/')[-1]}\n\nA variational diffusion "
+            "model.\n\n## Usage\n\n"
             f"{_USAGE[0]}\n{_usage(repo_id, folder, 250, published=True)}\n{_USAGE[1]}\n"
         )
     )

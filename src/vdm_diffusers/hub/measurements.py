@@ -58,7 +58,9 @@ class Provenance:
 
 
 def _without_place(argument: str) -> str:
-    """A command's argument for other machines: a path below this folder from here on, another one of the whole disk by its last part."""
+    """A command's argument for other machines: a path below this folder from here on, another one of the whole disk
+    by its last part.
+    """
     if not os.path.isabs(argument):
         return argument
     below = os.path.relpath(argument)
@@ -67,7 +69,9 @@ def _without_place(argument: str) -> str:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """The data of a figure: name for people, identifier (a Hub dataset, or what provides it), version, split, images used."""
+    """The data of a figure: name for people, identifier (a Hub dataset, or what provides it), version, split, images
+    used.
+    """
 
     name: str
     identifier: str
@@ -88,7 +92,8 @@ class Measurement:
 
     Arguments:
         bits_per_dim: mean over the images.
-        standard_error: of the estimator, for these images. sampling_error: between images, std / sqrt(N); None for one image.
+        standard_error: of the estimator, for these images. sampling_error: between images, std / sqrt(N); None for one
+            image.
         method: for people, such as "ELBO in continuous time". is_bound: an upper bound, or the likelihood itself.
         num_steps: of the discrete chain or the solver; None in continuous time.
         log_snr_max, log_snr_min: the end points of the schedule; None for a model without one.
@@ -125,7 +130,8 @@ class Measurement:
                 raise ValueError(f"`{name}` must be a finite number, got {value!r}.")
         if min(self.standard_error, self.sampling_error or 0) < 0:
             raise ValueError(
-                f"`standard_error` and `sampling_error` must not be negative, got {self.standard_error} and {self.sampling_error}."
+                f"`standard_error` and `sampling_error` must not be negative, got {self.standard_error} and "
+                f"{self.sampling_error}."
             )
         for name, kind in (("data", EvaluationData), ("provenance", Provenance)):
             if not isinstance(getattr(self, name), kind):
@@ -144,8 +150,10 @@ class ModelDescription:
     """What a model card says.
 
     Arguments:
-        title: of the card. summary: a sentence or two. license: SPDX identifier in the Hub's spelling, such as "apache-2.0".
-        training: how it was trained, in prose; training_data: identifiers. provenance: of the weights. duration: of the training.
+        title: of the card. summary: a sentence or two. license: SPDX identifier in the Hub's spelling, such as
+            "apache-2.0".
+        training: how it was trained, in prose; training_data: identifiers. provenance: of the weights. duration: of
+            the training.
         measurements: the figures. limitations: at least one.
         location: what `from_pretrained` is given; see `model_location`.
         images: file in the folder -> caption: the sample grid, curves.

@@ -25,7 +25,9 @@ from vdm_diffusers.safety import HTTP_ERROR
 
 logger = logging.get_logger(__name__)
 HUB_ERRORS = (OSError, ValueError, HTTP_ERROR)
-"""What a push may fail with: no connection, an answer that is an error, nobody logged in, a name that is none, no right to push."""
+"""What a push may fail with: no connection, an answer that is an error, nobody logged in, a name that is none, no
+right to push.
+"""
 _WEIGHT_FILE = re.compile(
     r"(?:diffusion_pytorch_model|model)\S*\.(?:safetensors|bin|index\S*\.json|safetensors\.index\S*\.json)"
 )
@@ -35,7 +37,8 @@ _UPLOAD_TRIES = 3
 def check_hub_access(
     repo_id: str, *, private: bool | None = None, token: str | None = None, create_pr: bool = False
 ) -> str:
-    """Make sure that `repo_id` can be pushed to, and create it if it does not exist: before hours are spent on training.
+    """Make sure that `repo_id` can be pushed to, and create it if it does not exist: before hours are spent on
+    training.
 
     Arguments:
         repo_id: "namespace/name", or "name" for the user's own namespace.
@@ -47,7 +50,8 @@ def check_hub_access(
     Raises:
         LocalTokenNotFoundError: nobody is logged in.
         HfHubHTTPError: the token is not valid.
-        PermissionError: the token may not write there, or a private repository was asked for and there is a public one.
+        PermissionError: the token may not write there, or a private repository was asked for and there is a public
+            one.
     """
     api = HfApi(token=token)
     user = api.whoami()
@@ -67,7 +71,8 @@ def check_hub_access(
     full_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if private and not api.repo_info(full_id).private:
         raise PermissionError(
-            f"a private repository was asked for and {full_id!r} exists and is public: make it private on the Hub, or choose "
+            f"a private repository was asked for and {full_id!r} exists and is public: make it private on the Hub, or "
+            "choose "
             "another name."
         )
     return full_id
@@ -91,12 +96,14 @@ def publish_folder(
     broken upload is resumed by calling this again. Folders of training state, logs and everything else stay behind.
 
     Arguments:
-        folder: what `VDMPipeline.save_pretrained` wrote. Without a README.md in it or in the repository a short card is made.
+        folder: what `VDMPipeline.save_pretrained` wrote. Without a README.md in it or in the repository a short card
+            is made.
         repo_id, private, token: as in `check_hub_access`.
         revision: branch to push to, created if it does not exist; None: "main".
         create_pr: open a pull request instead.
         tag: given to the commit. One that exists and is not the branch's head is refused before anything is sent.
-        run_as_future: return at once; the folder is copied first, so that training may overwrite it. Pushes queue up in order.
+        run_as_future: return at once; the folder is copied first, so that training may overwrite it. Pushes queue up
+            in order.
     Returns:
         The commit, or a future of it.
     Raises:
@@ -159,7 +166,8 @@ def _push(
         head = api.repo_info(repo_id, revision=revision).sha
         if tags[tag] != head or stale or not _is_held(api, repo_id, revision, content):
             raise ValueError(
-                f"`tag` {tag!r} exists in {repo_id} and is another commit ({tags[tag]}): choose a new one. Nothing was sent."
+                f"`tag` {tag!r} exists in {repo_id} and is another commit ({tags[tag]}): choose a new one. Nothing "
+                "was sent."
             )
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=data) for name, data in sorted(content.items())]
     for tries_left in reversed(range(_UPLOAD_TRIES)):
@@ -211,7 +219,8 @@ def _is_held(api: HfApi, repo_id: str, revision: str | None, content: Mapping[st
 
 @contextlib.contextmanager
 def replacing_weights(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Whatever the block saves into a pipeline's folder replaces the weights of its components whole, of the same variant.
+    """Whatever the block saves into a pipeline's folder replaces the weights of its components whole, of the same
+    variant.
 
     Weights that were saved in shards before leave an index, which would keep the old ones in force.
     """
@@ -230,7 +239,9 @@ def replacing_weights(folder: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _variant(path: pathlib.PurePath) -> str:
-    """The variant in a weight file's name, "" for none: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, ..."""
+    """The variant in a weight file's name, "" for none: model.fp16.safetensors,
+    model.fp16-00001-of-00002.safetensors, ...
+    """
     name = re.sub(r"-\d{5}-of-\d{5}|\.index|\.safetensors|\.bin|\.json", "", path.name)
     return name.partition(".")[2]
 
@@ -240,7 +251,8 @@ def _publishable(folder: pathlib.Path, token: str | None) -> list[str]:
     index = index_file(folder)
     if not index.is_file():
         raise ValueError(
-            f"`folder` must hold a pipeline or a model, got {str(folder)!r} without model_index.json or config.json: save_pretrained first."
+            f"`folder` must hold a pipeline or a model, got {str(folder)!r} without model_index.json or config.json: "
+            "save_pretrained first."
         )
     parts = [path for path in folder.glob("diffusion_pytorch_model*") if index.name == "config.json"]
     if index.name == "model_index.json":

@@ -28,8 +28,9 @@ _SUBSTITUTES = {"pipelines/checkpoint_mixin": "pipelines/travelled_checkpoints"}
 def travelling_code() -> str:
     """One self-contained module with the network, the scheduler and the pipeline, made of the package's own sources.
 
-    Diffusers imports each code file of a repository as a module of its own, and those in folders under one and the same
-    name: so a repository carries three copies of one file. Only what loading and sampling need is in it, without docstrings.
+    Diffusers imports each code file of a repository as a module of its own, and those in folders under one and the
+    same name: so a repository carries three copies of one file. Only what loading and sampling need is in it, without
+    docstrings.
     """
     package = _PACKAGE
     sources: dict[str, str] = {}
@@ -46,7 +47,8 @@ def travelling_code() -> str:
     for module in _TRAVELLERS:
         collect(module)
     header = (
-        f"# vdm-diffusers {metadata.version('vdm-diffusers')} (Apache-2.0) in one file, for those who load this repository without the\n"
+        f"# vdm-diffusers {metadata.version('vdm-diffusers')} (Apache-2.0) in one file, for those who load this "
+        "repository without the\n"
         "# package: made from the package's sources when the model was published, not to be edited.\n"
     )
     return header + _joined(sources)
@@ -145,7 +147,8 @@ def _joined(sources: Mapping[str, str]) -> str:
         bodies.append(f"# --- {module} ---\n\n{_rename(kept, renamed).strip()}\n")
     if both := sorted(set(imports) & set(taken)):
         raise ValueError(
-            f"{', '.join(both)} is imported in one module and defined in another: code that travels needs one name each."
+            f"{', '.join(both)} is imported in one module and defined in another: code that travels needs one name "
+            "each."
         )
     return _import_lines(imports) + "\n\n\n" + "\n\n".join(re.sub(r"\n{4,}", "\n\n\n", body) for body in bodies)
 

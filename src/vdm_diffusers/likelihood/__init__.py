@@ -1,21 +1,23 @@
 r"""Estimators of the likelihood of integer data under a diffusion model, with an error bar that can be trusted.
 
-The bound of `vdm_diffusers.elbo` has three terms. The prior's is closed form. VDM's reconstruction term is an integral over
-one normal variable for each level of a pixel, done here by quadrature; DDPM's needs the network at x_1. The diffusion term is
-a sum (or an integral) over log SNR of an expectation over noise, and is estimated by Monte Carlo:
+The bound of `vdm_diffusers.elbo` has three terms. The prior's is closed form. VDM's reconstruction term is an integral
+over one normal variable for each level of a pixel, done here by quadrature; DDPM's needs the network at x_1. The
+diffusion term is a sum (or an integral) over log SNR of an expectation over noise, and is estimated by Monte Carlo:
 
     L = sum over the sites of w(site) E|x - x_hat|^2 + constant(site)    ~    mean_j f(site_j, eps_j) / density(site_j)
 
-Sites are placed by a randomly shifted lattice over all images of a group and all their evaluations, folded (`time_sampling.fold`)
-and passed through the inverse of a cumulative density. Every image has several lattices with independent shifts and noise:
-they are replicates, and their scatter gives the error of the estimate for these very images. (The scatter of the points of one
-lattice says nothing of the lattice's error, which may be a hundred times smaller.)
+Sites are placed by a randomly shifted lattice over all images of a group and all their evaluations, folded
+(`time_sampling.fold`) and passed through the inverse of a cumulative density. Every image has several lattices with
+independent shifts and noise: they are replicates, and their scatter gives the error of the estimate for these very
+images. (The scatter of the points of one lattice says nothing of the lattice's error, which may be a hundred times
+smaller.)
 
-Evaluations of an image at neighbouring sites have noise from one Latin hypercube: each pixel has one of them in each quarter of the normal
-distribution, and what single pixels add to the loss averages out (Stein 1987, "Large sample properties of simulations using Latin
-hypercube sampling"). More of them at a time would lie too far apart in log SNR.
+Evaluations of an image at neighbouring sites have noise from one Latin hypercube: each pixel has one of them in each
+quarter of the normal distribution, and what single pixels add to the loss averages out (Stein 1987, "Large sample
+properties of simulations using Latin hypercube sampling"). More of them at a time would lie too far apart in log SNR.
 
-Everything here is in torch alone. `vdm_diffusers.evaluate_likelihood` adapts pipelines, schedulers and data sets to it.
+Everything here is in torch alone. `vdm_diffusers.evaluate_likelihood` adapts pipelines, schedulers and data sets to
+it.
 """
 
 from vdm_diffusers.likelihood.bound import evaluate_bound as evaluate_bound

@@ -41,12 +41,13 @@ def evaluate_bound(
 ) -> LikelihoodReport:
     """The bound for integer images from `num_samples` evaluations of the network for each, stratified.
 
-    The steps of a `DiscreteTerm` are strata too: they are drawn in proportion to what they add to the error, and not each once.
+    The steps of a `DiscreteTerm` are strata too: they are drawn in proportion to what they add to the error, and not
+    each once.
 
-    A first round of evaluations (an eighth of them, if there are enough) is placed by a fixed density, and shows where the rest is
-    worth most: at log SNRs in proportion to the standard deviation of what is to be averaged. Control variates
-    (`control_variates`) are fitted to all evaluations, for each half of the images on the other half (cross-fitting), so
-    that the estimate stays unbiased.
+    A first round of evaluations (an eighth of them, if there are enough) is placed by a fixed density, and shows where
+    the rest is worth most: at log SNRs in proportion to the standard deviation of what is to be averaged. Control
+    variates (`control_variates`) are fitted to all evaluations, for each half of the images on the other half
+    (cross-fitting), so that the estimate stays unbiased.
 
     Arguments:
         levels: (N, C, ...) integers 0..num_levels-1, on the CPU.
@@ -56,11 +57,12 @@ def evaluate_bound(
         num_samples: evaluations of the network for an image.
         batch_size: evaluations at a time. The result does not depend on it (but for rounding in the network).
         seed: of the noise and the shifts. Every image has noise of its own, whatever its place in a batch.
-        variance_reduction: use importance sampling, stratified noise and control variates; False leaves the plain average over the
-            lattices.
-        target_standard_error: bits/dim; go on with further rounds until the estimate's error should be at most this. Independent
-            evaluations decide it, the first `num_samples` and later an eighth, and are left out of the estimate, which is therefore
-            unbiased. The error that is reported is the estimate's own, and may come out a little above the target.
+        variance_reduction: use importance sampling, stratified noise and control variates; False leaves the plain
+            average over the lattices.
+        target_standard_error: bits/dim; go on with further rounds until the estimate's error should be at most this.
+            Independent evaluations decide it, the first `num_samples` and later an eighth, and are left out of the
+            estimate, which is therefore unbiased. The error that is reported is the estimate's own, and may come out a
+            little above the target.
         max_model_evaluations: stop before more than these, reached or not. `num_samples` for each image come first.
         progress: called with the number of evaluations done, after every batch.
         runner: see `Runner`.
@@ -121,10 +123,12 @@ def evaluate_bound(
 def evaluate_rounds(
     problem: Problem, num_samples: int, budget: Budget
 ) -> tuple[list[EvaluationRound], list[EvaluationRound]]:
-    """The rounds that are reported, and those that decided how many they are; the latter only where a target is asked for.
+    """The rounds that are reported, and those that decided how many they are; the latter only where a target is asked
+    for.
 
-    Losses are skewed: where an estimate happens to be low its error is low too. Going on until the error of an estimate is small
-    therefore stops at low estimates. So independent rounds, the first ones and later an eighth, say what an evaluation is worth.
+    Losses are skewed: where an estimate happens to be low its error is low too. Going on until the error of an
+    estimate is small therefore stops at low estimates. So independent rounds, the first ones and later an eighth, say
+    what an evaluation is worth.
     """
     count, decoder = len(problem.levels), problem.decoder
     scale = problem.num_dims * math.log(2) * count

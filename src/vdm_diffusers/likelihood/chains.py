@@ -1,4 +1,6 @@
-"""A chain run forwards for its own statistics: samples, and the mean squared errors that an optimal variance is made of."""
+"""A chain run forwards for its own statistics: samples, and the mean squared errors that an optimal variance is made
+of.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def sample_chain(
     device: torch.device | str = "cpu",
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """As many samples as there are in `levels`, of its shape and dtype, by ancestral sampling with the posterior variance.
+    """As many samples as there are in `levels`, of its shape and dtype, by ancestral sampling with the posterior
+    variance.
 
     Arguments:
         levels: (N, C, ...) says how many, how large, and whether integers are wanted. Its values do not matter.
@@ -71,17 +74,20 @@ def measure_mse(
     device: torch.device | str = "cpu",
     progress: Callable[[int], object] | None = None,
 ) -> OptimalVariance:
-    r"""E|x - x_hat|^2 / D at the given log SNRs (K,), each averaged over equally many evaluations, `num_samples` an image.
+    r"""E|x - x_hat|^2 / D at the given log SNRs (K,), each averaged over equally many evaluations, `num_samples` an
+    image.
 
     Arguments:
-        per_frequency: for each radial band of the cosine transform of each channel of images (N, C, H, W), not for all together.
-        analytic: from the network's answers alone, as if it were exact: E Cov[x | z_t] = sigma^2/alpha^2 (1 - E eps_hat^2), clipped
-            to what data in [-1, 1] can have. The 1 is estimated by the square of the noise that is in z_t, which takes most of the
-            variance away. Otherwise from the errors of x_hat, which is right for every network.
+        per_frequency: for each radial band of the cosine transform of each channel of images (N, C, H, W), not for all
+            together.
+        analytic: from the network's answers alone, as if it were exact: E Cov[x | z_t] = sigma^2/alpha^2 (1 - E
+            eps_hat^2), clipped to what data in [-1, 1] can have. The 1 is estimated by the square of the noise that is
+            in z_t, which takes most of the variance away. Otherwise from the errors of x_hat, which is right for every
+            network.
     Raises:
         ValueError: fewer evaluations than knots; per_frequency and images that are not (N, C, H, W).
-    Source: Bao et al. 2022, "Analytic-DPM", theorem 1 (analytic); Bao et al. 2022, "Estimating the Optimal Covariance with Imperfect
-        Mean", theorem 3 (errors).
+    Source: Bao et al. 2022, "Analytic-DPM", theorem 1 (analytic); Bao et al. 2022, "Estimating the Optimal Covariance
+        with Imperfect Mean", theorem 3 (errors).
     """
     count, total = len(levels), len(levels) * num_samples
     if total < len(knots):
@@ -98,8 +104,9 @@ def measure_mse(
             return sum64(value**2)
         return bands.sums(bands.transform(as_float64(value)) ** 2).to("cpu", torch.float64)
 
-    # An image's evaluations are spread over the knots, and every knot sees images from everywhere. An image has the same noise at
-    # each: a curve whose neighbouring values err alike tells a grid where it falls, and not where it happened to come out low.
+    # An image's evaluations are spread over the knots, and every knot sees images from everywhere. An image has the
+    # same noise at each: a curve whose neighbouring values err alike tells a grid where it falls, and not where it
+    # happened to come out low.
     repeats = max(1, num_samples // len(knots))
     position = torch.arange(total).reshape(num_samples, count).T.flatten()
     index_of_knot = position * len(knots) // total

@@ -1,12 +1,15 @@
-r"""Which class an image is of: the bounds of one network under every class, from evaluations that share noise levels and noise.
+r"""Which class an image is of: the bounds of one network under every class, from evaluations that share noise levels
+and noise.
 
     log-odds of class k against j:   ln p(k | x) - ln p(j | x) = nats_j - nats_k + ln prior_k - ln prior_j
 
-Both bounds are sums over log SNR of the network's errors, of which most is the same for all classes. Evaluated at the same noisy
-images it cancels. Further evaluations go where the classes differ: in proportion to the standard deviation of the difference at each log SNR,
-which the first ones show. A class that is far behind the best one is left out of later rounds.
+Both bounds are sums over log SNR of the network's errors, of which most is the same for all classes. Evaluated at the
+same noisy images it cancels. Further evaluations go where the classes differ: in proportion to the standard deviation
+of the difference at each log SNR, which the first ones show. A class that is far behind the best one is left out of
+later rounds.
 
-Source: Li et al. 2023, "Your diffusion model is secretly a zero-shot classifier"; the stratified times, the density and the errors are ours.
+Source: Li et al. 2023, "Your diffusion model is secretly a zero-shot classifier"; the stratified times, the density
+and the errors are ours.
 """
 
 from __future__ import annotations
@@ -185,7 +188,8 @@ class _Tally:
             decodings += (alive[..., None] & is_decoder).sum(2)
         mean = total / number
         scatter = (square - number * mean**2).clamp(min=0)
-        # a class's own scatter, and two evaluations' worth of what is usual: few evaluations say little of their own error
+        # a class's own scatter, and two evaluations' worth of what is usual: few evaluations say little of their own
+        # error
         usual = scatter.sum(1, keepdim=True) / (number - 1).clamp(min=0).sum(1, keepdim=True)
         variance = (scatter + 2 * usual) / (number + 1)
         error = (variance / number).sqrt()
@@ -203,7 +207,9 @@ def _round_sizes(num_samples: int) -> list[int]:
 
 
 def _places(side: Side, count: int, size: int, profile: Profile | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sites and inverse densities (N, n), stratified within each image and over the images; which columns are the decoder's."""
+    """Sites and inverse densities (N, n), stratified within each image and over the images; which columns are the
+    decoder's.
+    """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(count, generator=generator)
     shift = torch.rand((), generator=generator, dtype=torch.float64)
@@ -222,7 +228,9 @@ def _batches(alive: Tensor, columns: int, batch_size: int) -> Iterator[tuple[Ten
 
 
 def _first_profile(side: Side) -> Profile:
-    """Where classes are expected to differ before anything was seen: where noise hides the details, at log SNRs below about 2."""
+    """Where classes are expected to differ before anything was seen: where noise hides the details, at log SNRs below
+    about 2.
+    """
     highest, lowest = side.term.log_snr_range()
     knots = torch.linspace(max(lowest, -20.0), min(highest, 20.0), _KNOTS, dtype=torch.float64)
     return Profile(knots, torch.sigmoid(2.0 - knots) + 1e-3)

@@ -1,7 +1,8 @@
 r"""The difference of two models' bounds, from evaluations that share images, noise levels and noise.
 
-What two networks get wrong at one noisy image is mostly the same, so the difference of their losses scatters far less than either. The
-evaluations are placed where the *difference* scatters (Neyman's allocation), and the control variates are fitted to it.
+What two networks get wrong at one noisy image is mostly the same, so the difference of their losses scatters far less
+than either. The evaluations are placed where the *difference* scatters (Neyman's allocation), and the control variates
+are fitted to it.
 
     difference = a - b in bits/dim; negative: `a` finds the images more likely.
 """
@@ -34,12 +35,13 @@ class ComparisonReport:
 
     Attributes:
         nats: (N,) float64, the difference for every image.
-        prior, diffusion, reconstruction: (N,) nats, the same for each term; None where the models' methods have no such term.
+        prior, diffusion, reconstruction: (N,) nats, the same for each term; None where the models' methods have no
+            such term.
         num_dims: D, dimensions of an image.
         standard_error: bits/dim, one standard deviation of the estimator of `difference` for these very images.
         num_model_evaluations: of both networks together.
-        bands: the diffusion term's difference by log SNR: a list of `log_snr_low`, `log_snr_high`, `difference` and `standard_error` in
-            bits/dim. Empty for a difference that is not paired.
+        bands: the diffusion term's difference by log SNR: a list of `log_snr_low`, `log_snr_high`, `difference` and
+            `standard_error` in bits/dim. Empty for a difference that is not paired.
         is_paired: whether the two shared noise and noise levels.
         settings: of both sides, and what could not be shared (JSON primitives).
     """
@@ -62,14 +64,20 @@ class ComparisonReport:
 
     @property
     def sampling_error(self) -> float:
-        """bits/dim, std / sqrt(N) between the images: how far the difference on another sample of N images would lie. NaN for one image."""
+        """bits/dim, std / sqrt(N) between the images: how far the difference on another sample of N images would lie.
+
+        NaN for one image.
+        """
         if len(self.nats) < 2:
             return math.nan
         return float(self.nats.std()) / math.sqrt(len(self.nats)) / (self.num_dims * math.log(2))
 
     @property
     def total_error(self) -> float:
-        """bits/dim, for all images that might have been drawn. `sampling_error` holds the estimator's scatter already."""
+        """bits/dim, for all images that might have been drawn.
+
+        `sampling_error` holds the estimator's scatter already.
+        """
         return (
             self.standard_error if math.isnan(self.sampling_error) else max(self.sampling_error, self.standard_error)
         )
@@ -80,7 +88,9 @@ class ComparisonReport:
         return float((self.nats < 0).double().mean() + 0.5 * (self.nats == 0).double().mean())
 
     def to_dict(self, per_image: bool = False) -> dict[str, Any]:
-        """JSON primitives: means in bits/dim, errors, bands and settings; with `per_image` the list of nats as well."""
+        """JSON primitives: means in bits/dim, errors, bands and settings; with `per_image` the list of nats as
+        well.
+        """
         terms = {"prior": self.prior, "diffusion": self.diffusion, "reconstruction": self.reconstruction}
         summary: dict[str, Any] = {
             "difference": self.difference,
@@ -107,14 +117,18 @@ class ComparisonReport:
         word = "better" if self.difference < 0 else "worse"
         shared = "" if self.is_paired else "; not paired"
         return (
-            f"{self.difference:+.5f} bits/dim (a - b; a is {word}): +- {self.standard_error:.5f} (estimator) +- {self.sampling_error:.5f} "
-            f"(images); a is better on {self.share_better:.0%} of {len(self.nats)} image{'s' if len(self.nats) > 1 else ''}{shared}"
+            f"{self.difference:+.5f} bits/dim (a - b; a is {word}): +- {self.standard_error:.5f} (estimator) +- "
+            f"{self.sampling_error:.5f} "
+            f"(images); a is better on {self.share_better:.0%} of {len(self.nats)} "
+            f"image{'s' if len(self.nats) > 1 else ''}{shared}"
         )
 
 
 @dataclass(frozen=True, eq=False)
 class _DifferenceTerm(DiffusionTerm):
-    """The difference of two diffusion terms whose sites mean the same: places evaluations, and holds what needs no network."""
+    """The difference of two diffusion terms whose sites mean the same: places evaluations, and holds what needs no
+    network.
+    """
 
     first: DiffusionTerm
     second: DiffusionTerm
@@ -173,14 +187,16 @@ def evaluate_difference(
 ) -> ComparisonReport:
     """The difference of two bounds, from `num_samples` evaluations of each network for every image.
 
-    Two continuous-time bounds may have other ranges of log SNR: each counts within its own. Chains must have the same steps.
+    Two continuous-time bounds may have other ranges of log SNR: each counts within its own. Chains must have the same
+    steps.
 
     Args:
         first, second: the models; their bounds are subtracted, first - second.
         prior_log_snrs: log SNR of each one's z_1.
         max_model_evaluations: of both networks together. The other arguments are those of `evaluate_bound`.
     Raises:
-        ValueError: terms whose sites cannot be shared (`why_not_shared`), no images, levels outside the range, too few samples.
+        ValueError: terms whose sites cannot be shared (`why_not_shared`), no images, levels outside the range, too few
+            samples.
     """
     for side in (first, second):
         side.model.check(levels)
@@ -233,7 +249,9 @@ def evaluate_difference(
 
 
 def _by_band(problem: Problem, rounds: list[EvaluationRound]) -> list[dict[str, float]]:
-    """The difference of the diffusion terms in bands of log SNR: plain stratified averages, with the scatter of the replicates."""
+    """The difference of the diffusion terms in bands of log SNR: plain stratified averages, with the scatter of the
+    replicates.
+    """
     edges = octaves(rounds, _BAND)
     scale = problem.num_dims * math.log(2) * len(problem.levels)
     groups = int(problem.groups[-1]) + 1

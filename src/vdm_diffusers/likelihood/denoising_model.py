@@ -15,7 +15,9 @@ from ..prediction import PredictionType, convert, loss_weight_ratio, prediction_
 from ..reverse_variance import learned_range_variance
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(z_t (M, C, ...), log_snr (M,) float64 on the CPU, index (M,) of the images) -> the network's output (M, C or 2 C, ...)."""
+"""(z_t (M, C, ...), log_snr (M,) float64 on the CPU, index (M,) of the images) -> the network's output (M, C or 2 C,
+...).
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +27,11 @@ class DenoisingModel:
     Attributes:
         predict: see `Predict`.
         prediction_type: what the (first half of the channels of the) output predicts.
-        num_levels, pixel_encoding: how integer data are put into [-1, 1]; num_levels=None: the data are continuous, as they are.
+        num_levels, pixel_encoding: how integer data are put into [-1, 1]; num_levels=None: the data are continuous, as
+            they are.
         learned_variance: None, or the meaning of the output's second half of channels.
-        clip_denoised: clamp x_hat to [-1, 1]. The bound holds for any x_hat: this is another model, not another estimate.
+        clip_denoised: clamp x_hat to [-1, 1]. The bound holds for any x_hat: this is another model, not another
+            estimate.
     """
 
     predict: Predict
@@ -63,17 +67,20 @@ class DenoisingModel:
         channels = z_t.shape[1]
         if output.shape[2:] != z_t.shape[2:] or output.shape[1] not in (channels, 2 * channels):
             raise ValueError(
-                f"the model's output must have the sample's shape {tuple(z_t.shape)} (or twice its channels, with a variance), "
+                f"the model's output must have the sample's shape {tuple(z_t.shape)} (or twice its channels, with a "
+                "variance), "
                 f"got {tuple(output.shape)}."
             )
         if self.learned_variance is not None and output.shape[1] != 2 * channels:
             raise ValueError(
-                f"the scheduler says variance_type={self.learned_variance!r}, but the model's output has no channels for a "
+                f"the scheduler says variance_type={self.learned_variance!r}, but the model's output has no channels "
+                "for a "
                 f"variance: {channels} in, {output.shape[1]} out. Pass variance_type='fixed_small' or 'fixed_large'."
             )
         if not bool(output.isfinite().all()):
             raise ValueError(
-                "the model's output is not finite: a diverged training, or half precision that overflows. No likelihood "
+                "the model's output is not finite: a diverged training, or half precision that overflows. No "
+                "likelihood "
                 "can be computed."
             )
         value = output[:, :channels].to(torch.promote_types(output.dtype, torch.float32))
@@ -85,7 +92,8 @@ class DenoisingModel:
         return x_hat.clamp(-1, 1) if self.clip_denoised else x_hat
 
     def error(self, value: Tensor, x: Tensor, noise: Tensor, z_t: Tensor, log_snr: Tensor) -> tuple[Tensor, Tensor]:
-        """The elementwise error of the prediction, (M, C, ...), and the factor (M,) that makes its square one of x_hat.
+        """The elementwise error of the prediction, (M, C, ...), and the factor (M,) that makes its square one of
+        x_hat.
 
         The error is formed in the network's own terms, where it suffers no cancellation.
         """

@@ -115,7 +115,10 @@ def learned_profile(problem: Problem, rounds: list[EvaluationRound]) -> Profile:
 def estimate_terms(
     problem: Problem, rounds: list[EvaluationRound], others: Sequence[EvaluationRound] = ()
 ) -> _Estimate:
-    """What `rounds` together say of every image, and the variance of their sum. Surrogates are fitted to the `others` too."""
+    """What `rounds` together say of every image, and the variance of their sum.
+
+    Surrogates are fitted to the `others` too.
+    """
     num_dims = problem.num_dims
     surrogates = {
         (fold, own): _fit(problem, [*rounds, *others], 1 - fold, own)
@@ -143,7 +146,8 @@ def estimate_terms(
                 first[chosen] = known[f][:, None].expand(r.nats.shape)[chosen]
         total = rest + first
         means.append(torch.stack([_replicate_means(total, r.layout, own) for own in (False, True)]))  # (2, N, R)
-        # not by the inverse of a variance seen in the same losses: where these are skewed, a low mean comes with a low variance
+        # not by the inverse of a variance seen in the same losses: where these are skewed, a low mean comes with a low
+        # variance
         weights.append(rest.shape[1])
     share = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     diffusion, decoder = sum(w * m.mean(2) for w, m in zip(share, means, strict=True))
@@ -157,7 +161,9 @@ def estimate_terms(
 
 
 def by_band(problem: Problem, rounds: Sequence[EvaluationRound], edges: Tensor) -> Tensor:
-    """(N, B) nats of the diffusion term by bands of log SNR between increasing `edges`: plain stratified averages for each image."""
+    """(N, B) nats of the diffusion term by bands of log SNR between increasing `edges`: plain stratified averages for
+    each image.
+    """
     total = torch.zeros(len(problem.levels), len(edges) - 1, dtype=torch.float64)
     columns = sum(int((~r.layout.is_decoder).sum()) for r in rounds)
     for r in rounds:

@@ -37,9 +37,10 @@ def evaluate_importance_weighted(
 ) -> LikelihoodReport:
     """The K-sample bound -ln p(x) <= -E ln 1/K sum_k w_k, w = p(x, z_0..z_T) / q(z_0..z_T | x), over the whole chain.
 
-    Chains are drawn backwards, z_T from q(z_T | x), then q(z_s | z_t, x), and every step adds its sampled log ratio. Two independent bounds of
-    K = num_samples // 2 chains give the error, and further ones of the same K make it smaller. For K = 1 it is the discrete bound; it
-    falls as K grows. Every chain has noise of its own, whatever its batch.
+    Chains are drawn backwards, z_T from q(z_T | x), then q(z_s | z_t, x), and every step adds its sampled log ratio.
+    Two independent bounds of K = num_samples // 2 chains give the error, and further ones of the same K make it
+    smaller. For K = 1 it is the discrete bound; it falls as K grows. Every chain has noise of its own, whatever its
+    batch.
 
     Arguments: as of `evaluate_bound`.
     Raises:

@@ -32,7 +32,9 @@ class Layout:
 
     @property
     def strata(self) -> Tensor:
-        """(n,) the block that a column belongs to: up to `_STRATA` neighbours for the same use in the same replicate; ascending."""
+        """(n,) the block that a column belongs to: up to `_STRATA` neighbours for the same use in the same replicate;
+        ascending.
+        """
         use = 2 * self.replicate + ~self.is_decoder
         columns = torch.arange(len(use))
         return use * len(use) + (columns - torch.searchsorted(use, use)) // _STRATA
@@ -42,7 +44,8 @@ class Layout:
         least = fewest_samples(decoder)
         if num_samples < 2 * least:
             raise ValueError(
-                f"`num_samples` must be at least {2 * least}, got {num_samples}: the error bar comes from two independent "
+                f"`num_samples` must be at least {2 * least}, got {num_samples}: the error bar comes from two "
+                "independent "
                 f"estimates{', each with the network at x_1 and at another step' if least > 1 else ''}."
             )
         own = least - 1  # evaluations that the decoder needs in each replicate
@@ -57,7 +60,9 @@ class Layout:
     def place(
         self, num_images: int, term: DiffusionTerm, profile: Profile | None, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Sites (m, n) of a group of images and the inverse of their density; 1 and 1 for the decoder's evaluations."""
+        """Sites (m, n) of a group of images and the inverse of their density; 1 and 1 for the decoder's
+        evaluations.
+        """
         sites = torch.ones(num_images, len(self.replicate), dtype=torch.float64)
         inverse_density = torch.ones_like(sites)
         for r in range(self.num_replicates):
@@ -97,7 +102,8 @@ def noise_of(
     """Standard normal noise of a round's evaluations (image, column), whatever batch they are in: (M, *shape) float32.
 
     Arguments:
-        strata: (n,) ascending, of all columns: those with the same number share a Latin hypercube. None: independent noise.
+        strata: (n,) ascending, of all columns: those with the same number share a Latin hypercube. None: independent
+            noise.
     """
     if strata is None:
         block, place = column // _NOISE_BLOCK, column % _NOISE_BLOCK

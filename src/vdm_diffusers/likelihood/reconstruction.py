@@ -27,8 +27,8 @@ class GaussianDecoder:
 
     Attributes:
         log_snr_1: of x_1, the first entry of the chain.
-        variance: of the decoder; DDPM takes the posterior variance of the second step. With `learned` it is the lower end
-            of the range (learned_range) or not used (learned).
+        variance: of the decoder; DDPM takes the posterior variance of the second step. With `learned` it is the lower
+            end of the range (learned_range) or not used (learned).
         upper_variance: the upper end of the range, beta_1.
         learned: None, or what the network's second half of channels means.
     Source: Ho et al. 2020, equation 13, and section 3.2 of Nichol & Dhariwal 2021 for learned variances.
@@ -77,10 +77,11 @@ def expected_reconstruction(model: DenoisingModel, decoder: SoftmaxDecoder | Den
 
 
 def expected_softmax_nats(log_snr_0: float, num_levels: int, pixel_encoding: PixelEncoding) -> Tensor:
-    """E[-ln p(k | z_0)] over z_0 ~ q(z_0 | x_k) for every level k: (L,) float64 nats, the exact reconstruction term of a pixel.
+    """E[-ln p(k | z_0)] over z_0 ~ q(z_0 | x_k) for every level k: (L,) float64 nats, the exact reconstruction term of
+    a pixel.
 
-    With z_0 / alpha_0 = x_k + sigma_0 / alpha_0 e, e ~ N(0, 1), and delta = bin width alpha_0 / sigma_0, the logits are
-    -m delta (2 e + m delta) / 2 for the level m places away, and the expectation is one integral over e, done
+    With z_0 / alpha_0 = x_k + sigma_0 / alpha_0 e, e ~ N(0, 1), and delta = bin width alpha_0 / sigma_0, the logits
+    are -m delta (2 e + m delta) / 2 for the level m places away, and the expectation is one integral over e, done
     by the trapezoidal rule, whose error falls exponentially for such functions (below 1e-13 here).
     """
     delta = min(bin_width(num_levels, pixel_encoding) * math.exp(log_snr_0 / 2), 25.0)  # beyond 25: below 1e-33 nats

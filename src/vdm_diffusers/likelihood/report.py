@@ -12,24 +12,27 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class LikelihoodReport:
-    """What an estimator found: a bound on -ln p(x) (or an estimate of it) for each image, with the error of their mean.
+    """What an estimator found: a bound on -ln p(x) (or an estimate of it) for each image, with the error of their
+    mean.
 
     Attributes:
         method: name of the estimator.
         nats: (N,) float64, -ln p(x) of every image, or a bound on it from above.
         prior, diffusion, reconstruction: (N,) nats, the terms of the bound; None where the method has no such term.
         num_dims: D, dimensions of an image (pixels times channels).
-        standard_error: bits/dim, one standard deviation of the estimator of `bits_per_dim` for these very images: what more
-            evaluations would reduce.
+        standard_error: bits/dim, one standard deviation of the estimator of `bits_per_dim` for these very images: what
+            more evaluations would reduce.
         is_bound: whether `nats` bounds -ln p(x) from above in expectation.
         num_model_evaluations: how many times the network was applied to one image.
         settings: how the figure came about: number of steps, decoder, levels, ... (JSON primitives).
-        loss_curve: the network's loss against log SNR: lists `log_snr` (centre of a bin), `mse` (mean |eps - eps_hat|^2 / D),
-            `count`; None where no such loss was measured.
-        nats_error: (N,) one standard deviation of every image's own estimate. It comes from few replicates, so that it is rough for one
-            image and right on average; None where the method has no such error.
-        log_snr_edges: (B + 1,) increasing edges of bands of log SNR, each an octave of alpha / sigma; None without a diffusion term.
-        nats_by_log_snr: (N, B) what each band adds to `diffusion`, by plain stratified averages: rough for one image, right on average.
+        loss_curve: the network's loss against log SNR: lists `log_snr` (centre of a bin), `mse` (mean |eps -
+            eps_hat|^2 / D), `count`; None where no such loss was measured.
+        nats_error: (N,) one standard deviation of every image's own estimate. It comes from few replicates, so that it
+            is rough for one image and right on average; None where the method has no such error.
+        log_snr_edges: (B + 1,) increasing edges of bands of log SNR, each an octave of alpha / sigma; None without a
+            diffusion term.
+        nats_by_log_snr: (N, B) what each band adds to `diffusion`, by plain stratified averages: rough for one image,
+            right on average.
     """
 
     method: str
@@ -59,18 +62,25 @@ class LikelihoodReport:
 
     @property
     def sampling_error(self) -> float:
-        """bits/dim, std / sqrt(N) between the images: how far another sample of N images would differ. NaN for one image."""
+        """bits/dim, std / sqrt(N) between the images: how far another sample of N images would differ.
+
+        NaN for one image.
+        """
         if len(self.nats) < 2:
             return math.nan
         return float(self.nats.std()) / math.sqrt(len(self.nats)) / (self.num_dims * math.log(2))
 
     @property
     def total_error(self) -> float:
-        """bits/dim, sqrt(standard_error^2 + sampling_error^2): of the mean over all images that might have been drawn."""
+        """bits/dim, sqrt(standard_error^2 + sampling_error^2): of the mean over all images that might have been
+        drawn.
+        """
         return math.hypot(self.standard_error, self.sampling_error)
 
     def to_dict(self, per_image: bool = False) -> dict[str, Any]:
-        """JSON primitives: means in bits/dim, errors, counts and settings; with `per_image` the lists of nats as well."""
+        """JSON primitives: means in bits/dim, errors, counts and settings; with `per_image` the lists of nats as
+        well.
+        """
         terms = {"prior": self.prior, "diffusion": self.diffusion, "reconstruction": self.reconstruction}
         summary: dict[str, Any] = {
             "method": self.method,
@@ -102,7 +112,8 @@ class LikelihoodReport:
         )
         images = f" +- {self.sampling_error * scale:.4f} (images)" if len(self.nats) > 1 else ""
         return (
-            f"{value:.4f} {unit}/dim{bound}, {self.method}, {len(self.nats)} image{'s' if len(self.nats) > 1 else ''}: "
+            f"{value:.4f} {unit}/dim{bound}, {self.method}, {len(self.nats)} "
+            f"image{'s' if len(self.nats) > 1 else ''}: "
             f"+- {self.standard_error * scale:.4f} (estimator){images}"
         )
 

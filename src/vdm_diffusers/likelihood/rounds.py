@@ -22,7 +22,9 @@ from .terms import ContinuousTerm, DiffusionTerm, Profile
 
 @dataclass(frozen=True, eq=False)
 class EvaluationRound:
-    """Evaluations (N, n) of all images: sites, what the network's answers cost there, and the features of the surrogate."""
+    """Evaluations (N, n) of all images: sites, what the network's answers cost there, and the features of the
+    surrogate.
+    """
 
     layout: Layout
     site: Tensor
@@ -43,10 +45,12 @@ class Side:
     def evaluate(
         self, levels: Tensor, noise: Tensor, index: Tensor, site: Tensor, log_snr: Tensor, is_decoder: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """One evaluation of the network for each row: nats and e^log_snr |x - x_hat|^2, and the x, z_t and log SNR that they are of.
+        """One evaluation of the network for each row: nats and e^log_snr |x - x_hat|^2, and the x, z_t and log SNR
+        that they are of.
 
-        Rows of the decoder are decoded, or cost nothing where the decoder needs no network. A site outside a continuous term's range
-        costs nothing either: the range is this model's own, and may be shorter than that of a model it is compared with.
+        Rows of the decoder are decoded, or cost nothing where the decoder needs no network. A site outside a
+        continuous term's range costs nothing either: the range is this model's own, and may be shorter than that of a
+        model it is compared with.
         """
         model, term, decoder = self.model, self.term, self.decoder
         counts = torch.ones_like(is_decoder)
@@ -79,7 +83,8 @@ class Problem:
     """Everything that stays the same from round to round.
 
     Attributes:
-        sides: the model, or two, of which the second's nats are subtracted from the first's at the same images, sites and noise.
+        sides: the model, or two, of which the second's nats are subtracted from the first's at the same images, sites
+            and noise.
         term: where evaluations may be placed, and what is added up.
     """
 
@@ -158,7 +163,8 @@ def evaluate_round(
     nats, loss, *features = torch.cat(problem.runner(work), dim=1)
     if not bool(nats.isfinite().all()):
         raise ValueError(
-            f"the loss is not finite at log_snr = {float(log_snr[~nats.isfinite()][0]):.3g}: the network's outputs are too large for "
+            f"the loss is not finite at log_snr = {float(log_snr[~nats.isfinite()][0]):.3g}: the network's outputs "
+            "are too large for "
             "float32, as of a diverged training. No likelihood can be computed."
         )
     problem.curve.add(log_snr, loss)

@@ -32,7 +32,10 @@ class DiffusionTerm(ABC):
 
     @abstractmethod
     def scale(self, site: Tensor) -> Tensor:
-        """Nats for a unit of |eps - eps_hat|^2 at a site; 0 where there is no signal. (For learned variances: about.)"""
+        """Nats for a unit of |eps - eps_hat|^2 at a site; 0 where there is no signal.
+
+        (For learned variances: about.)
+        """
 
     @abstractmethod
     def constant(self, site: Tensor, num_dims: int) -> Tensor:
@@ -40,7 +43,9 @@ class DiffusionTerm(ABC):
 
     @abstractmethod
     def quadrature(self, knots: Tensor) -> tuple[Tensor, Tensor]:
-        """Sites and weights that sum or integrate smooth functions (piecewise between knots in log SNR) over the term."""
+        """Sites and weights that sum or integrate smooth functions (piecewise between knots in log SNR) over the
+        term.
+        """
 
     @abstractmethod
     def log_snr(self, site: Tensor) -> Tensor:
@@ -68,7 +73,8 @@ class ContinuousTerm(DiffusionTerm):
     def __post_init__(self) -> None:
         if not (math.isfinite(self.log_snr_max) and math.isfinite(self.log_snr_min)):
             raise ValueError(
-                f"the continuous-time bound needs finite end points, got log_snr from {self.log_snr_max} to {self.log_snr_min}. "
+                f"the continuous-time bound needs finite end points, got log_snr from {self.log_snr_max} to "
+                f"{self.log_snr_min}. "
                 "With zero terminal SNR take method='discrete'."
             )
 
@@ -114,8 +120,8 @@ class DiscreteTerm(DiffusionTerm):
         grid: (K + 1,) decreasing log SNRs, from the decoder's to the prior's; the last may be -inf.
         reverse_variance: 'posterior', 'forward', 'optimal', or what the network's second half of channels means:
             'learned', 'learned_range'.
-        optimal: the mean squared errors that 'optimal' needs. With one for each band of frequencies the reverse variance is diagonal
-            in the cosine transform, in whose coordinates both Gaussians of a step's KL factorise.
+        optimal: the mean squared errors that 'optimal' needs. With one for each band of frequencies the reverse
+            variance is diagonal in the cosine transform, in whose coordinates both Gaussians of a step's KL factorise.
     """
 
     grid: Tensor
@@ -164,7 +170,9 @@ class DiscreteTerm(DiffusionTerm):
         return None if self.optimal is None or self.optimal.shape is None else self.optimal.bands
 
     def coordinates(self, error: Tensor) -> Tensor:
-        """Differences of images (M, C, ...) in coordinates in which the reverse variance is diagonal, float64 where there is one."""
+        """Differences of images (M, C, ...) in coordinates in which the reverse variance is diagonal, float64 where
+        there is one.
+        """
         if self.optimal is None or self.bands is None:
             return as_float64(error)
         self.optimal.check_shape(error.shape[1:])
@@ -239,5 +247,8 @@ class Profile:
 
 
 def _mixed(weight: Tensor, default: Tensor) -> Tensor:
-    """Nine parts in proportion to `weight`, one part `default`; sums to one. No density falls too low, whatever the pilot said."""
+    """Nine parts in proportion to `weight`, one part `default`; sums to one.
+
+    No density falls too low, whatever the pilot said.
+    """
     return 0.9 * weight / weight.sum() + 0.1 * default / default.sum()

@@ -1,21 +1,25 @@
 r"""A network that starts from the two denoisers that are known before any training, and learns what they leave.
 
-Two facts about a data set are cheap to measure: the mean and covariance of its images, and how often each level of a pixel occurs.
-Each gives a denoiser in closed form. This module joins them, and lets a network correct the join.
+Two facts about a data set are cheap to measure: the mean and covariance of its images, and how often each level of a
+pixel occurs. Each gives a denoiser in closed form. This module joins them, and lets a network correct the join.
 
-1. For Gaussian data N(mean, basis^T diag(lambda) basis), pixel i given the whole noisy image z = alpha x + sigma eps is N(m_i, v_i).
-   Taking out what pixel i's own observation said leaves its cavity N(c_i, s_i), what the *other* pixels say about it:
+1. For Gaussian data N(mean, basis^T diag(lambda) basis), pixel i given the whole noisy image z = alpha x + sigma eps
+   is N(m_i, v_i). Taking out what pixel i's own observation said leaves its cavity N(c_i, s_i), what the *other*
+   pixels say about it:
 
        1 / s_i = 1 / v_i - snr,    c_i / s_i = m_i / v_i - snr z_i / alpha.
 
-2. The network moves the cavity: c_i + sqrt(s_i) u_i and s_i exp(2 w_i), with (u, w) its output. A new network answers zero.
-   Where one level fills most of a background, no Gaussian says "black, or else bright": there the network gives a third number, by which
-   the log-odds of this level against all others move.
-3. Bayes' rule puts the pixel's own observation back, and the knowledge that a pixel has one of L levels x_k of frequency f_k:
+2. The network moves the cavity: c_i + sqrt(s_i) u_i and s_i exp(2 w_i), with (u, w) its output. A new network answers
+   zero. Where one level fills most of a background, no Gaussian says "black, or else bright": there the network gives
+   a third number, by which the log-odds of this level against all others move.
+3. Bayes' rule puts the pixel's own observation back, and the knowledge that a pixel has one of L levels x_k of
+   frequency f_k:
 
-       x_hat_i = sum_k x_k p_k,   p_k proportional to f_k N(x_k; m'_i, v'_i),   1 / v' = 1 / s' + snr,   m' = v' (c' / s' + snr z_i / alpha).
+       x_hat_i = sum_k x_k p_k,   p_k proportional to f_k N(x_k; m'_i, v'_i),   1 / v' = 1 / s' + snr,   m' = v' (c' /
+       s' + snr z_i / alpha).
 
-So the network never has to learn where the levels are, nor how to weigh a pixel against its neighbours at each noise level.
+So the network never has to learn where the levels are, nor how to weigh a pixel against its neighbours at each noise
+level.
 
 Source: Wiener's filter, and the cavity of expectation propagation (Minka 2001; Opper and Winther 2000).
 """
@@ -49,7 +53,8 @@ _CHUNK = 1 << 20  # weights of levels held at a time
 
 
 class _LevelMean(torch.autograd.Function):
-    """E[x] and ln sum_k f_k exp(-(x_k - m)^2 / 2v) for p_k proportional to f_k N(x_k; m, v), elementwise, without the level `excluded`.
+    """E[x] and ln sum_k f_k exp(-(x_k - m)^2 / 2v) for p_k proportional to f_k N(x_k; m, v), elementwise, without the
+    level `excluded`.
 
     The backward pass uses the moments of p, and needs no second pass over the levels.
     """
@@ -98,7 +103,9 @@ class _LevelMean(torch.autograd.Function):
 
 
 class NoiseLevel(NamedTuple):
-    """The noise in a batch, all `(B, 1, 1, 1)`: z = alpha x + sigma eps, snr = alpha^2 / sigma^2, slope = alpha / sigma^2."""
+    """The noise in a batch, all `(B, 1, 1, 1)`: z = alpha x + sigma eps, snr = alpha^2 / sigma^2, slope = alpha /
+    sigma^2.
+    """
 
     alpha: Tensor
     sigma: Tensor
@@ -175,7 +182,9 @@ class AnalyticStart(nn.Module):
         return torch.einsum("dc,bdhw->bchw", self.channels.to(y), self.rows.to(y).T @ y @ self.columns.to(y))
 
     def spread(self, variance: Tensor) -> Tensor:
-        """The variance of each pixel, from the variances of the coordinates, of which it is a sum with squared weights."""
+        """The variance of each pixel, from the variances of the coordinates, of which it is a sum with squared
+        weights.
+        """
         if self.basis is not None:
             return (variance @ self.basis.to(variance) ** 2).unflatten(-1, self.shape)
         rows, columns, channels = (m.to(variance) ** 2 for m in (self.rows, self.columns, self.channels))
@@ -195,15 +204,16 @@ class AnalyticStart(nn.Module):
 class AnalyticStartModel(ModelMixin, ConfigMixin):
     r"""A denoiser that begins as the best one known in closed form; a network of ours or Diffusers' learns the rest.
 
-    The inner network sees `3 C` channels: the noisy image at unit variance, the analytic estimate, and how far the noisy image is from what
-    the other pixels say, in standard deviations. It returns `2 C` channels `(u, w)`, or with `spike_level` `3 C`, see the module's equations.
-    While it answers zero, the model is the analytic denoiser exactly.
+    The inner network sees `3 C` channels: the noisy image at unit variance, the analytic estimate, and how far the
+    noisy image is from what the other pixels say, in standard deviations. It returns `2 C` channels `(u, w)`, or with
+    `spike_level` `3 C`, see the module's equations. While it answers zero, the model is the analytic denoiser exactly.
 
     Make one with [`fit_analytic_start`], which measures the tables.
 
     Args:
         network_class: 'VDMUNet2DModel', 'UNet2DModel' or 'FourierFeaturesUNet'.
-        network_config: its configuration, with `in_channels = 3 C` and `out_channels = 2 C`, or `3 C` with `spike_level`.
+        network_config: its configuration, with `in_channels = 3 C` and `out_channels = 2 C`, or `3 C` with
+            `spike_level`.
         in_channels: `C`, channels of an image.
         sample_size: height and width, or one number for both. The tables belong to this size: no other is taken.
         num_levels: levels of a pixel; `None`: continuous data.
@@ -258,7 +268,8 @@ class AnalyticStartModel(ModelMixin, ConfigMixin):
         ):
             if self.network.config[name] != wanted:
                 raise ValueError(
-                    f"`network_config` must have `{name}` {wanted} for images of {in_channels} channels, got {self.network.config[name]}."
+                    f"`network_config` must have `{name}` {wanted} for images of {in_channels} channels, got "
+                    f"{self.network.config[name]}."
                 )
         self.start = AnalyticStart((in_channels, height, width), num_levels)
         values = None if num_levels is None else level_values(num_levels, pixel_encoding, torch.float32)
@@ -276,7 +287,8 @@ class AnalyticStartModel(ModelMixin, ConfigMixin):
         """The prediction at the noisy `sample`, `(B, C, H, W)`, in its dtype.
 
         Args:
-            sample: `(B, C, H, W)` of the size that the tables have. float32 is wanted: half precision has lost the levels.
+            sample: `(B, C, H, W)` of the size that the tables have. float32 is wanted: half precision has lost the
+                levels.
             timestep: a number, `()` or `(B,)`, within `knots` of the configuration (values outside are clamped).
             class_labels: as the inner network takes them.
             return_dict: return a `UNet2DOutput` with `.sample`, else a tuple of one.

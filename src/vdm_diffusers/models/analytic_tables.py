@@ -31,8 +31,9 @@ def fit_analytic_start(
     """A model around `network`, with the tables of `images`.
 
     Args:
-        network: a `VDMUNet2DModel`, `UNet2DModel` or `FourierFeaturesUNet` of `3 C` input and `2 C` output channels; of `3 C` output
-            channels, and it also moves the log-odds of the most frequent level (see [`AnalyticStartModel`]).
+        network: a `VDMUNet2DModel`, `UNet2DModel` or `FourierFeaturesUNet` of `3 C` input and `2 C` output channels;
+            of `3 C` output channels, and it also moves the log-odds of the most frequent level (see
+            [`AnalyticStartModel`]).
         images: `(N, C, H, W)` training images: integers `0..num_levels-1`, or with `num_levels=None` numbers.
         knots, log_snr: timesteps and the log SNR at each, increasing and decreasing; linear between.
         num_levels, pixel_encoding, prediction_type, path: see [`AnalyticStartModel`].
@@ -73,7 +74,9 @@ def fit_analytic_start(
 
 @torch.no_grad()
 def _measure(start: AnalyticStart, images: Tensor, levels: Tensor | None, values: Tensor | None) -> None:
-    """Take the tables from images in the space of the diffusion; `levels` and `values` say which levels their pixels have."""
+    """Take the tables from images in the space of the diffusion; `levels` and `values` say which levels their pixels
+    have.
+    """
     x = images.double()
     if start.basis is not None:
         start.mean.copy_(x.mean(0))

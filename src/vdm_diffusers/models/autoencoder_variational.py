@@ -1,4 +1,6 @@
-"""A variational autoencoder for images of integer levels: the hierarchy of one layer, and the encoder of latent diffusion."""
+"""A variational autoencoder for images of integer levels: the hierarchy of one layer, and the encoder of latent
+diffusion.
+"""
 
 from __future__ import annotations
 
@@ -40,15 +42,17 @@ LIKELIHOODS: tuple[str, ...] = get_args(Likelihood)
 
 
 class VariationalAutoencoder(ModelMixin, ConfigMixin):
-    r"""A VAE with a likelihood of integers: q(z | x) and p(z) Gaussian, p(k | z) discretised logistic or Gaussian, or Bernoulli.
+    r"""A VAE with a likelihood of integers: q(z | x) and p(z) Gaussian, p(k | z) discretised logistic or Gaussian, or
+    Bernoulli.
 
         -ln p(k) <= E_q(z|x)[-ln p(k | z)] + KL(q(z | x) || N(0, I))
 
     Encoder and decoder are convolutional residual networks. The latents are `(latent_channels, H / f, W / f)` with
     `f = 2^(len(block_out_channels) - 1)`; enough blocks bring them down to one pixel, a plain vector.
 
-    `encode` and `decode` answer as those of Diffusers' `AutoencoderKL` do (`.latent_dist`, `.sample`), so that pipelines
-    written for it take this one. Inputs of `encode` are in [-1, 1] by `pixel_encoding`; `levels` are integers.
+    `encode` and `decode` answer as those of Diffusers' `AutoencoderKL` do (`.latent_dist`, `.sample`), so that
+    pipelines written for it take this one. Inputs of `encode` are in [-1, 1] by `pixel_encoding`; `levels` are
+    integers.
 
     Args:
         sample_size: height and width of the images, multiples of f.
@@ -57,8 +61,8 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
         block_out_channels: width at every resolution, from the finest on; each but the last is followed by halving.
         layers_per_block: ResNet blocks at every resolution.
         norm_num_groups: of every GroupNorm; divides all widths.
-        likelihood: `"discretized_logistic"` or `"discretized_gaussian"` (mean and scale of every pixel by the decoder),
-            or `"bernoulli"` for two levels.
+        likelihood: `"discretized_logistic"` or `"discretized_gaussian"` (mean and scale of every pixel by the
+            decoder), or `"bernoulli"` for two levels.
         num_levels, pixel_encoding: of the images; see `vdm_diffusers.decoders`.
         scaling_factor, shift_factor: latents for another model's use are `(z - shift_factor) scaling_factor`, as in
             Diffusers' `AutoencoderKL`; nothing in here applies them.
@@ -108,17 +112,21 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
         """(C, H, W) of the latents of one image."""
         return latent_shape(self.config.latent_channels, self.config.sample_size, self.config.block_out_channels)
 
-    # --- the interface of Diffusers' autoencoders --------------------------------------------------------------------------
+    # --- the interface of Diffusers' autoencoders --------------------------------------------------------------------
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple:
-        """q(z | x) of images in [-1, 1], `(B, C, H, W)`, as `.latent_dist` with `.mean`, `.std`, `.sample()`, `.mode()`."""
+        """q(z | x) of images in [-1, 1], `(B, C, H, W)`, as `.latent_dist` with `.mean`, `.std`, `.sample()`,
+        `.mode()`.
+        """
         posterior = self._posterior(x)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple:
-        """The most likely image in [-1, 1] given latents `(B, latent_channels, h, w)`, as `.sample`, not rounded to levels."""
+        """The most likely image in [-1, 1] given latents `(B, latent_channels, h, w)`, as `.sample`, not rounded to
+        levels.
+        """
         sample = self._mean(z)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
@@ -144,7 +152,7 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
         low, high = encode_pixels(torch.tensor([0, 1]), 2, self.config.pixel_encoding).tolist()
         return low + (high - low) * torch.sigmoid(parameters)  # p(k = 1), between the values of the two levels
 
-    # --- the bound ------------------------------------------------------------------------------------------------------
+    # --- the bound ---------------------------------------------------------------------------------------------------
 
     def log_likelihood(self, levels: Tensor, z: Tensor) -> Tensor:
         """ln p(k | z) of integer images `(B, C, H, W)`: (B,) nats."""
@@ -188,7 +196,7 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
         x = encode_pixels(levels, self.config.num_levels, self.config.pixel_encoding, at_least_float32(self.dtype))
         return self.hierarchy(), x, lambda z: self.log_likelihood(levels, z)
 
-    # --- pictures -------------------------------------------------------------------------------------------------------
+    # --- pictures ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def reconstruct(self, levels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -236,7 +244,10 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
 def parameters_log_likelihood(
     levels: Tensor, parameters: Tensor, likelihood: Likelihood, num_levels: int, pixel_encoding: PixelEncoding
 ) -> Tensor:
-    """ln p(k | parameters) of a decoder's output `(B, C or 2 C, H, W)`: mean and raw log scale, or logits. (B,) nats."""
+    """ln p(k | parameters) of a decoder's output `(B, C or 2 C, H, W)`: mean and raw log scale, or logits.
+
+    (B,) nats.
+    """
     if likelihood == "bernoulli":
         return bernoulli_log_likelihood(levels, parameters)
     mean, raw = parameters.chunk(2, dim=1)
@@ -301,7 +312,8 @@ def image_networks(config: Mapping[str, Any]) -> tuple[ConvEncoder, ConvDecoder]
     latents, outputs = config["latent_channels"], config["in_channels"] * num_parameters(config["likelihood"])
     sizes = (widths, config["layers_per_block"], groups, config["dropout"])
     encoder = ConvEncoder(config["in_channels"], 2 * latents, *sizes)
-    # Latents that are mostly noise at first are soon ignored for good: a narrow posterior lets the decoder notice them.
+    # Latents that are mostly noise at first are soon ignored for good: a narrow posterior lets the decoder notice
+    # them.
     nn.init.constant_(encoder.get_parameter(f"{len(encoder) - 1}.bias")[latents:], -4.0)
     return encoder, ConvDecoder(latents, outputs, *sizes)
 

@@ -13,7 +13,8 @@ from vdm_diffusers.numerics import at_least_float32
 
 
 def device_and_dtype(network: Callable[..., Any]) -> tuple[torch.device, torch.dtype]:
-    """Where a network takes its sample, and in what dtype: that of its weights, unless it says that it reads the last bits.
+    """Where a network takes its sample, and in what dtype: that of its weights, unless it says that it reads the last
+    bits.
 
     A mere callable gets float32 on the CPU.
     """
@@ -31,10 +32,11 @@ def call_network(network: Callable[..., Any], sample: Tensor, timestep: Tensor |
     """What a network answers to a noisy sample: `(B, C or 2 C, ...)` in float32 or better, on the sample's device.
 
     Args:
-        network: a model of this package or of Diffusers, or any callable `(sample, timestep, **arguments)` that returns a tensor, a
-            tuple that begins with one, or an object with `.sample`.
+        network: a model of this package or of Diffusers, or any callable `(sample, timestep, **arguments)` that
+            returns a tensor, a tuple that begins with one, or an object with `.sample`.
         sample: `(B, C, ...)`; it is given to the network in the network's dtype and on its device.
-        timestep: `()` or `(B,)`. The network gets `(B,)`: int64 if they are integers, or on the CPU whole numbers; else float32.
+        timestep: `()` or `(B,)`. The network gets `(B,)`: int64 if they are integers, or on the CPU whole numbers;
+            else float32.
         arguments: `class_labels` and whatever else the network takes; None means "not given".
 
     Raises:
@@ -54,7 +56,8 @@ def call_network(network: Callable[..., Any], sample: Tensor, timestep: Tensor |
     except (RuntimeError, IndexError, TypeError) as error:
         if time.is_floating_point() and re.search(r"\b(Long|Int|ints?|integers?|indices)\b", str(error)):
             raise ValueError(
-                f"the network failed on a fractional timestep ({error}): it seems to take whole ones alone, as an embedding that is "
+                f"the network failed on a fractional timestep ({error}): it seems to take whole ones alone, as an "
+                "embedding that is "
                 "indexed does. Take method='discrete', whose steps are the table's own."
             ) from error
         raise
@@ -65,7 +68,9 @@ def call_network(network: Callable[..., Any], sample: Tensor, timestep: Tensor |
 
 
 def in_own_dtype(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)` in the dtype of the module's weights, returned in float32 or better: likelihoods are not summed in half precision."""
+    """`module(x)` in the dtype of the module's weights, returned in float32 or better: likelihoods are not summed in
+    half precision.
+    """
     dtype = next(module.parameters()).dtype
     output = module(x.to(dtype))
     return output.to(at_least_float32(output.dtype))

@@ -15,11 +15,11 @@ class FourierFeatures(nn.Module):
     r"""Append sines and cosines of the input, at frequencies that double: `(z, sin(2^n pi z), cos(2^n pi z))`.
 
     The last bits of an integer image decide its likelihood, and a convolution of the plain values hardly sees them. In
-    an encoding of `L` levels onto [-1, 1] neighbours are `2/L` apart, so `2^n = L/2` swings by half a turn from level to
-    level, and `2^n = L` by a whole one (it shows the position within a level): 7 and 8 for 256 levels.
+    an encoding of `L` levels onto [-1, 1] neighbours are `2/L` apart, so `2^n = L/2` swings by half a turn from level
+    to level, and `2^n = L` by a whole one (it shows the position within a level): 7 and 8 for 256 levels.
 
-    The features are computed in float32 (float64 for a float64 input), outside autocast: rounding `z` to bfloat16 turns
-    the phase at `n = 8` by 0.68 radians RMS. An input that arrives in half precision has already lost them: pass
+    The features are computed in float32 (float64 for a float64 input), outside autocast: rounding `z` to bfloat16
+    turns the phase at `n = 8` by 0.68 radians RMS. An input that arrives in half precision has already lost them: pass
     float32. No tensor is stored, so casting the module to half precision cannot harm the frequencies.
 
     Args:
@@ -38,7 +38,8 @@ class FourierFeatures(nn.Module):
         super().__init__()
         if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in exponents):
             raise ValueError(
-                f"`exponents` must be finite numbers n of the frequencies 2^n pi, got {exponents!r}. For 256 levels use "
+                f"`exponents` must be finite numbers n of the frequencies 2^n pi, got {exponents!r}. For 256 levels "
+                "use "
                 "(7, 8)."
             )
         self.exponents = tuple(exponents)
@@ -62,10 +63,10 @@ class FourierFeatures(nn.Module):
 class FourierFeaturesUNet(ModelMixin, ConfigMixin):
     r"""Any of Diffusers' `UNet2DModel`s with Fourier features of its input: `unet((z, sin, cos), tau) (+ z)`.
 
-    The inner network is made here from `unet_config`, with as many input channels as there are features, and is saved and
-    loaded with the wrapper as one model. Everything that one asks of a `UNet2DModel` from outside (`config.in_channels`,
-    `config.sample_size`, `forward`) is the same. The features are computed in float32 at least, outside autocast, and the
-    output has the dtype of `sample`; see [`VDMUNet2DModel`] on half precision.
+    The inner network is made here from `unet_config`, with as many input channels as there are features, and is saved
+    and loaded with the wrapper as one model. Everything that one asks of a `UNet2DModel` from outside
+    (`config.in_channels`, `config.sample_size`, `forward`) is the same. The features are computed in float32 at least,
+    outside autocast, and the output has the dtype of `sample`; see [`VDMUNet2DModel`] on half precision.
 
     Args:
         unet_config: the keyword arguments of the inner `UNet2DModel`, without the three that stand here.
@@ -144,7 +145,8 @@ def check_sample(sample: torch.Tensor, in_channels: int) -> None:
     """Refuse a `sample` that is not `(B, in_channels, H, W)`."""
     if sample.ndim != 4 or sample.shape[1] != in_channels:
         raise ValueError(
-            f"`sample` must have shape (B, {in_channels}, H, W), the {in_channels} from `in_channels` of the model, got "
+            f"`sample` must have shape (B, {in_channels}, H, W), the {in_channels} from `in_channels` of the model, "
+            "got "
             f"{tuple(sample.shape)}."
         )
 

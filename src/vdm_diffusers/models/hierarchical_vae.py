@@ -1,4 +1,6 @@
-"""The Markovian hierarchical VAE: a chain of latents above the image; restricted in three ways it is a diffusion model."""
+"""The Markovian hierarchical VAE: a chain of latents above the image; restricted in three ways it is a diffusion
+model.
+"""
 
 from __future__ import annotations
 
@@ -48,15 +50,18 @@ MIN_FACTOR = 1e-4  # nowhere is a variance so small that its density explodes
 class HierarchicalVAE(ModelMixin, ConfigMixin):
     r"""A Markovian hierarchical VAE of L layers for images of integer levels.
 
-        q(z_1..L | x) = prod_l q(z_l | z_{l-1})        p(k, z_1..L) = N(z_L; 0, I) prod_{l>1} p(z_{l-1} | z_l)  p(k | z_1)
+        q(z_1..L | x) = prod_l q(z_l | z_{l-1})        p(k, z_1..L) = N(z_L; 0, I) prod_{l>1} p(z_{l-1} | z_l)  p(k |
+        z_1)
 
     Encoder and decoder are learned, every layer with networks of its own; all latents have the shape of the first,
-    `(latent_channels, H / f, W / f)` with `f = 2^(len(block_out_channels) - 1)`. One layer is a `VariationalAutoencoder`.
+    `(latent_channels, H / f, W / f)` with `f = 2^(len(block_out_channels) - 1)`. One layer is a
+    `VariationalAutoencoder`.
 
-    With `encoder_log_snrs` the three restrictions apply that make a hierarchy a diffusion model: latents have the size of the
-    image, the encoder is the fixed linear Gaussian of the given log SNRs, and the last latent is standard normal. Then
-    p(z_{l-1} | z_l) = q(z_{l-1} | z_l, x = x_hat(z_l)), with a network for each layer that predicts the noise, p(k | z_1) is VDM's
-    softmax, and the same `bound` is the discrete ELBO of a diffusion model of L - 1 steps, term by term.
+    With `encoder_log_snrs` the three restrictions apply that make a hierarchy a diffusion model: latents have the size
+    of the image, the encoder is the fixed linear Gaussian of the given log SNRs, and the last latent is standard
+    normal. Then p(z_{l-1} | z_l) = q(z_{l-1} | z_l, x = x_hat(z_l)), with a network for each layer that predicts the
+    noise, p(k | z_1) is VDM's softmax, and the same `bound` is the discrete ELBO of a diffusion model of L - 1 steps,
+    term by term.
 
     Args:
         sample_size: height and width of the images, multiples of f.
@@ -67,8 +72,8 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
             [`VariationalAutoencoder`]; the networks between latents have the last of the widths.
         likelihood: p(k | z_1), as in [`VariationalAutoencoder`].
         num_levels, pixel_encoding: of the images.
-        encoder_log_snrs: L decreasing log SNRs: the restricted hierarchy, to which `latent_channels` and `likelihood` do not
-            apply and in which nothing is downsampled.
+        encoder_log_snrs: L decreasing log SNRs: the restricted hierarchy, to which `latent_channels` and `likelihood`
+            do not apply and in which nothing is downsampled.
         dropout: in the residual blocks, while training.
 
     Raises:
@@ -182,7 +187,8 @@ class HierarchicalVAE(ModelMixin, ConfigMixin):
 
         Args:
             levels: `(B, C, H, W)` integers.
-            form: see `vdm_diffusers.elbo_forms`; `None`: `"matching"` where the encoder can be inverted, else `"consistency"`.
+            form: see `vdm_diffusers.elbo_forms`; `None`: `"matching"` where the encoder can be inverted, else
+                `"consistency"`.
         """
         form = form or ("matching" if self.is_diffusion else "consistency")
         return hierarchical_bound(*self._bound_arguments(levels), form=form, generator=generator)
@@ -250,8 +256,9 @@ class LatentNetwork(nn.Sequential):
 def _conditional(network: nn.Module, z: Tensor) -> Normal:
     """N(keep z + change, (1 - keep^2) factor), where a new network gives change 0 and factor 1.
 
-    Used in both directions, a new layer is reversible: N(z_{l-1}; 0, I) q(z_l | z_{l-1}) = N(z_l; 0, I) p(z_{l-1} | z_l). Its part of the
-    bound's log ratio cancels for every draw, so that a deep chain starts as a VAE does, without even its noise.
+    Used in both directions, a new layer is reversible: N(z_{l-1}; 0, I) q(z_l | z_{l-1}) = N(z_l; 0, I) p(z_{l-1} |
+    z_l). Its part of the bound's log ratio cancels for every draw, so that a deep chain starts as a VAE does, without
+    even its noise.
     """
     change, raw = in_own_dtype(network, z).chunk(2, dim=1)
     factor = MIN_FACTOR + F.softplus(raw + math.log(math.expm1(1 - MIN_FACTOR)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# Networks that have one label more than classes; asked by name, since a class from a checkpoint's own code is another one.
+# Networks that have one label more than classes; asked by name, since a class from a checkpoint's own code is another
+# one.
 _WITH_NULL_LABEL = ("VDMUNet2DModel", "VDMMLPModel", "DiTTransformer2DModel")
 
 
@@ -23,7 +24,10 @@ def num_classes(model: Any) -> int | None:
 
 
 def is_class_conditional(model: Any) -> bool:
-    """Whether a network can tell classes apart. A DiT of one class, which is how it is trained without labels, cannot."""
+    """Whether a network can tell classes apart.
+
+    A DiT of one class, which is how it is trained without labels, cannot.
+    """
     return num_classes(model) is not None and (num_classes(model) != 1 or default_label(model) is None)
 
 
@@ -36,5 +40,7 @@ def null_label(model: Any) -> int | None:
 
 
 def default_label(model: Any) -> int | None:
-    """What to pass where no label was given: a DiT wants one always, and "no class" is one it is always trained on; else None."""
+    """What to pass where no label was given: a DiT wants one always, and "no class" is one it is always trained on;
+    else None.
+    """
     return num_classes(model) if type(model).__name__ == "DiTTransformer2DModel" else None

@@ -1,13 +1,14 @@
 r"""A noise schedule that is learned: a monotone network from time to log SNR, and the gradient that trains it.
 
-In continuous time the expected diffusion loss depends on a schedule's end points alone (Kingma et al. 2021, equation 18).
-What runs between them decides how far a single draw of the loss scatters around that expectation. With
-L = -1/2 l'(t) |eps - eps_hat(z(l), l)|^2 at l = log_snr(t) the schedule's parameters phi therefore minimise E[L^2], and
+In continuous time the expected diffusion loss depends on a schedule's end points alone (Kingma et al. 2021, equation
+18). What runs between them decides how far a single draw of the loss scatters around that expectation. With
+L = -1/2 l'(t) |eps - eps_hat(z(l), l)|^2 at l = log_snr(t) the schedule's parameters phi therefore minimise E[L^2],
+and
 
     d L^2 / d phi = 2 L (dL/dl dl/dphi + dL/dw dw/dphi),    w = -1/2 l'(t),                (appendix I.2)
 
-whose two factors dL/dl and dL/dw come out of the denoiser's own backward pass: `ScheduleCut` has no need of a second one.
-For independent t the minimum is the schedule whose log SNRs have the density
+whose two factors dL/dl and dL/dw come out of the denoiser's own backward pass: `ScheduleCut` has no need of a second
+one. For independent t the minimum is the schedule whose log SNRs have the density
 
     p(l) proportional to sqrt(E |eps - eps_hat|^4 at l).
 
@@ -38,18 +39,18 @@ class LearnedNoiseSchedule(ModelMixin, ConfigMixin, NoiseSchedule):
 
     VDM's network, a linear function plus one hidden layer of sigmoids with positive weights; the weights are kept as
     logarithms. Both differences of f are sums of positive terms (sigmoid(y) - sigmoid(x) = sigmoid(y) sigmoid(-x) (1 -
-    e^(x-y))), so that nothing cancels in float32, p(0) = 0 and p(1) = 1 exactly, and the derivative is a closed form. A new
-    schedule is linear in log SNR, up to a few thousandths.
+    e^(x-y))), so that nothing cancels in float32, p(0) = 0 and p(1) = 1 exactly, and the derivative is a closed form.
+    A new schedule is linear in log SNR, up to a few thousandths.
 
-    Usable wherever a `NoiseSchedule` is. Trained through `cut`; after training, `table` goes into a scheduler's config as
-    `log_snr_table`, and the checkpoint needs no further component.
+    Usable wherever a `NoiseSchedule` is. Trained through `cut`; after training, `table` goes into a scheduler's config
+    as `log_snr_table`, and the checkpoint needs no further component.
 
     Args:
-        log_snr_max, log_snr_min: the end points, or with `learn_end_points` the envelope that they stay inside: it is what
-            the scheduler's config says, and gives the network's timestep its meaning.
+        log_snr_max, log_snr_min: the end points, or with `learn_end_points` the envelope that they stay inside: it is
+            what the scheduler's config says, and gives the network's timestep its meaning.
         hidden_features: number of sigmoids.
-        learn_end_points: end points of their own, log_snr_max - h sigmoid(r_0) and log_snr_min + h sigmoid(r_1) with h half
-            the width of the envelope; they start at 5% of h from it.
+        learn_end_points: end points of their own, log_snr_max - h sigmoid(r_0) and log_snr_min + h sigmoid(r_1) with h
+            half the width of the envelope; they start at 5% of h from it.
 
     Raises:
         ValueError: end points that are infinite or in the wrong order, fewer than one feature.
@@ -81,8 +82,8 @@ class LearnedNoiseSchedule(ModelMixin, ConfigMixin, NoiseSchedule):
         check_end_points(log_snr_max, log_snr_min)
         if hidden_features < 1:
             raise ValueError(f"`hidden_features` must be at least 1, got {hidden_features}.")
-        # Equal bumps of f' at equal distances, three beyond either end, add up to a constant: the sigmoids share the rise
-        # with the linear term and are ready to move.
+        # Equal bumps of f' at equal distances, three beyond either end, add up to a constant: the sigmoids share the
+        # rise with the linear term and are ready to move.
         spacing = 1 / hidden_features
         position = (torch.arange(hidden_features) + 0.5) / hidden_features
         self.log_slope = nn.Parameter(torch.zeros(()))
@@ -95,7 +96,9 @@ class LearnedNoiseSchedule(ModelMixin, ConfigMixin, NoiseSchedule):
             self.end_points = nn.Parameter(torch.full((2,), start))
 
     def forward(self, t: Tensor | float) -> Tensor:
-        """Log SNR at times t in [0, 1], of t's shape and floating dtype (float32 at least); see `log_snr` for float64."""
+        """Log SNR at times t in [0, 1], of t's shape and floating dtype (float32 at least); see `log_snr` for
+        float64.
+        """
         dtype = t.dtype if isinstance(t, Tensor) and t.is_floating_point() else torch.float32
         return self.log_snr(t).to(torch.promote_types(dtype, torch.float32))
 
@@ -117,7 +120,9 @@ class LearnedNoiseSchedule(ModelMixin, ConfigMixin, NoiseSchedule):
 
     @torch.no_grad()
     def inverse(self, log_snr: Tensor | float) -> Tensor:
-        """The time at which `log_snr` is reached (0 or 1 outside the end points), by bisection: float64, of its shape."""
+        """The time at which `log_snr` is reached (0 or 1 outside the end points), by bisection: float64, of its
+        shape.
+        """
         log_snr = as_float64(log_snr).to(self.device)
         low, high = torch.zeros_like(log_snr), torch.ones_like(log_snr)
         for _ in range(54):  # bits of a float64 in [0, 1]
@@ -183,12 +188,13 @@ class LearnedNoiseSchedule(ModelMixin, ConfigMixin, NoiseSchedule):
 class ScheduleCut:
     """A learned schedule's values at the times of a batch, cut from its graph, and the way back.
 
-    The loss is computed from `log_snr` and `elbo_weight`, two leaves. The denoiser's backward pass leaves there, besides its own
-    gradients, what each loss has to do with its time; `backward` carries that across the cut.
+    The loss is computed from `log_snr` and `elbo_weight`, two leaves. The denoiser's backward pass leaves there,
+    besides its own gradients, what each loss has to do with its time; `backward` carries that across the cut.
 
     Attributes:
         t: (B,) the times.
-        log_snr: (B,) float64. It must be used for everything that depends on time: z_t, the network's timestep, the loss.
+        log_snr: (B,) float64. It must be used for everything that depends on time: z_t, the network's timestep, the
+            loss.
         elbo_weight: (B,) float64, -1/2 d log_snr / dt.
     """
 
@@ -199,7 +205,8 @@ class ScheduleCut:
         self.log_snr, self.elbo_weight = (output.detach().requires_grad_() for output in self._outputs)
 
     def backward(self, losses: Tensor, *, scale: float) -> None:
-        """Add to the schedule's parameters' `.grad` the gradient of the mean squared loss; to its end points' that of the mean.
+        """Add to the schedule's parameters' `.grad` the gradient of the mean squared loss; to its end points' that of
+        the mean.
 
         Call it once, after the denoiser's backward pass.
 
@@ -214,7 +221,8 @@ class ScheduleCut:
         if to_log_snr is None or to_weight is None:
             missing = "log_snr" if to_log_snr is None else "elbo_weight"
             raise RuntimeError(
-                f"no gradient has reached `{missing}` of this cut: compute z_t, the timestep and the loss from the cut's own "
+                f"no gradient has reached `{missing}` of this cut: compute z_t, the timestep and the loss from the "
+                "cut's own "
                 "`log_snr` and `elbo_weight`, and call `backward` on the loss first."
             )
         mean = [gradient / (scale * len(losses)) for gradient in (to_log_snr, to_weight)]

@@ -36,8 +36,8 @@ class VDMMLPBlock(nn.Module):
 class VDMMLPModel(ModelMixin, ConfigMixin):
     r"""A residual network for vectors `(B, D)`, called as Diffusers' models are: `(sample, timestep) -> .sample`.
 
-    With `residual_connection` the output is `net(z) + z`, right for predictions of the noise where `z` is nearly all noise; a new network
-    gives exactly `z`.
+    With `residual_connection` the output is `net(z) + z`, right for predictions of the noise where `z` is nearly all
+    noise; a new network gives exactly `z`.
 
     Args:
         in_channels: `D`, numbers of a vector.

@@ -127,8 +127,8 @@ class VDMUNet2DModel(ModelMixin, ConfigMixin):
         add_attention: self-attention in the middle.
         attention_head_dim: channels of an attention head; `None`: a single head.
         num_class_embeds: number of classes `K`; `None`: no class conditioning. Labels 0 to `K - 1` are the classes,
-            and label `K` means "no class": train with some labels replaced by `K`, and classifier-free guidance has its
-            unconditional prediction.
+            and label `K` means "no class": train with some labels replaced by `K`, and classifier-free guidance has
+            its unconditional prediction.
         dropout: probability, before the second convolution of every ResNet block.
         norm_num_groups: groups of every GroupNorm; must divide `hidden_channels`.
         norm_eps: added to the variance in every GroupNorm.
@@ -281,7 +281,8 @@ class VDMUNet2DModel(ModelMixin, ConfigMixin):
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError(
-                    "`class_labels` were given to a model without classes. Make it with `num_class_embeds`, or leave them "
+                    "`class_labels` were given to a model without classes. Make it with `num_class_embeds`, or leave "
+                    "them "
                     "out."
                 )
         else:

@@ -1,4 +1,6 @@
-"""Loading, saving and publishing of this package's pipelines: safetensors only, looked over before anything is built."""
+"""Loading, saving and publishing of this package's pipelines: safetensors only, looked over before anything is
+built.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,17 @@ class CheckpointMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """Load from a folder or a repository of the Hub, as [`DiffusionPipeline.from_pretrained`] does, and more carefully.
+        """Load from a folder or a repository of the Hub, as [`DiffusionPipeline.from_pretrained`] does, and more
+        carefully.
 
-        Weights are read from safetensors only, and the checkpoint is looked over before anything is built from it, or, on the
-        Hub, downloaded (see `vdm_diffusers.safety`). Code of a repository is run with `trust_remote_code=True` alone.
+        Weights are read from safetensors only, and the checkpoint is looked over before anything is built from it, or,
+        on the Hub, downloaded (see `vdm_diffusers.safety`). Code of a repository is run with `trust_remote_code=True`
+        alone.
 
         Args:
-            pretrained_model_name_or_path, kwargs: as there: `torch_dtype`, `variant`, `revision`, `token`, `device_map`,
-                `local_files_only`, components such as `scheduler`, and the pipeline's own `num_levels`, `pixel_encoding`.
+            pretrained_model_name_or_path, kwargs: as there: `torch_dtype`, `variant`, `revision`, `token`,
+                `device_map`, `local_files_only`, components such as `scheduler`, and the pipeline's own `num_levels`,
+                `pixel_encoding`.
 
         Raises:
             UnsafeCheckpointError (a ValueError): the checkpoint is damaged, hostile, or contradicts itself.
@@ -42,7 +47,9 @@ class CheckpointMixin:
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike[str]:
-        """Fetch a repository into the cache, as [`DiffusionPipeline.download`] does, once its configs have been checked."""
+        """Fetch a repository into the cache, as [`DiffusionPipeline.download`] does, once its configs have been
+        checked.
+        """
         if not kwargs.get("local_files_only"):
             # what the cache holds is checked below
             with cache_if_unreachable(pretrained_model_name) as cached:
@@ -73,7 +80,8 @@ class CheckpointMixin:
         token: str | None = None,
         create_pr: bool = False,
     ) -> None:
-        """Save as safetensors and JSON. Arguments as in [`DiffusionPipeline.save_pretrained`], the last five for `push_to_hub`.
+        """Save as safetensors and JSON. Arguments as in [`DiffusionPipeline.save_pretrained`], the last five for
+        `push_to_hub`.
 
         Raises:
             ValueError: `safe_serialization=False`.
@@ -114,7 +122,8 @@ class CheckpointMixin:
             repo_id, private, token, create_pr, revision, tag, commit_message, run_as_future: see
                 [`~vdm_diffusers.hub.publish_folder`], also on what is raised and returned.
             safe_serialization, variant, max_shard_size: see `save_pretrained`.
-            card: what the model card says; `None`: the repository's own card stays, or a short one without figures is made.
+            card: what the model card says; `None`: the repository's own card stays, or a short one without figures is
+                made.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant, max_shard_size)

@@ -1,16 +1,18 @@
 r"""Sampling under conditions: guidance towards a class, images to start from, regions that are known.
 
-Known regions. The diffusion of the known pixels needs no network: given their values x, q(z_s | z_t, x) is a Gaussian in closed
-form, and their whole path is drawn from it, exactly. What is left is to let the unknown pixels follow. Putting the known path into
-the sample at every step (`num_particles=1`) is the usual approximation: the unknown pixels see where the known ones are, but
-not where they are going. With K particles that share the known path, weighted by how well each of them foretold its next step,
+Known regions. The diffusion of the known pixels needs no network: given their values x, q(z_s | z_t, x) is a Gaussian
+in closed form, and their whole path is drawn from it, exactly. What is left is to let the unknown pixels follow.
+Putting the known path into the sample at every step (`num_particles=1`) is the usual approximation: the unknown pixels
+see where the known ones are, but not where they are going. With K particles that share the known path, weighted by how
+well each of them foretold its next step,
 
     w_k proportional to p(z_s^known | z_t^k) = N(z_s^known; mean(z_t^k), variance),
 
 and resampled, the samples tend to the model's own conditional distribution as K grows.
 
-Source: Lugmayr et al. 2022, "RePaint" (replacement); Trippe et al. 2023, "Diffusion probabilistic modeling of protein backbones",
-algorithm 2 (particles); Ho & Salimans 2022, "Classifier-free diffusion guidance"; Meng et al. 2022, "SDEdit" (image to image).
+Source: Lugmayr et al. 2022, "RePaint" (replacement); Trippe et al. 2023, "Diffusion probabilistic modeling of protein
+backbones", algorithm 2 (particles); Ho & Salimans 2022, "Classifier-free diffusion guidance"; Meng et al. 2022,
+"SDEdit" (image to image).
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ def image_values(image: Images, num_levels: int) -> torch.Tensor:
     """Images as float64 `(B, C, H, W)` in [0, 1].
 
     Args:
-        image: PIL images; a float array `(B, H, W, C)` or tensor `(B, C, H, W)` in [0, 1], as `VDMPipeline` returns them (values
-            between the levels are kept); or an integer tensor of levels.
+        image: PIL images; a float array `(B, H, W, C)` or tensor `(B, C, H, W)` in [0, 1], as `VDMPipeline` returns
+            them (values between the levels are kept); or an integer tensor of levels.
 
     Raises:
         ValueError: another shape or range.
@@ -72,7 +74,8 @@ def mask_tensor(mask: torch.Tensor | np.ndarray | PIL.Image.Image) -> torch.Tens
         values = values / 255
     if not bool(((values == 0) | (values == 1)).all()):
         raise ValueError(
-            "`mask` must hold 1 where pixels are to be made and 0 where `image` holds, and nothing else: no NaN, no soft edges."
+            "`mask` must hold 1 where pixels are to be made and 0 where `image` holds, and nothing else: no NaN, no "
+            "soft edges."
         )
     return values
 
@@ -86,17 +89,20 @@ def image_tensor(image: Images, num_levels: int, pixel_encoding: str) -> torch.T
 
 
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, scale: float, num_channels: int) -> torch.Tensor:
-    """`unconditional + scale (conditional - unconditional)`, in whatever the network predicts; its variance is the conditional one's.
+    """`unconditional + scale (conditional - unconditional)`, in whatever the network predicts; its variance is the
+    conditional one's.
 
-    All prediction types are affine functions of each other at one z_t, and the weights add up to 1: the guided x_hat, eps_hat and
-    score are each the same combination of the two.
+    All prediction types are affine functions of each other at one z_t, and the weights add up to 1: the guided x_hat,
+    eps_hat and score are each the same combination of the two.
     """
     mean, negative = conditional[:, :num_channels], unconditional[:, :num_channels]
     return torch.cat([torch.lerp(negative, mean, scale), conditional[:, num_channels:]], dim=1)
 
 
 def slerp(first: torch.Tensor, second: torch.Tensor, fraction: float) -> torch.Tensor:
-    """Between two standard normal `latents`, along the arc that keeps them so: sin((1-f) w) a + sin(f w) b over sin w, (B, ...)."""
+    """Between two standard normal `latents`, along the arc that keeps them so: sin((1-f) w) a + sin(f w) b over sin
+    w, (B, ...).
+    """
     a, b = first.flatten(1), second.flatten(1)
     cosine = torch.nn.functional.cosine_similarity(a, b).clamp(-1, 1).reshape(-1, *[1] * (first.ndim - 1))
     angle = cosine.acos()
@@ -132,7 +138,8 @@ class KnownRegion:
         self.known = x
 
     def begin(self, latents: torch.Tensor, noised: torch.Tensor) -> torch.Tensor:
-        """The latents of the first timestep, with the known path's beginning in it: that of each image's first particle.
+        """The latents of the first timestep, with the known path's beginning in it: that of each image's first
+        particle.
 
         Args:
             latents: where the unknown pixels begin. noised: draws of q(z_t | x) at the first timestep.
@@ -143,7 +150,9 @@ class KnownRegion:
     def condition(
         self, index: int, before: torch.Tensor, model_output: torch.Tensor, after: torch.Tensor
     ) -> torch.Tensor:
-        """`after`, the latents of the step from `timesteps[index]`, with the known pixels in it and the particles resampled."""
+        """`after`, the latents of the step from `timesteps[index]`, with the known pixels in it and the particles
+        resampled.
+        """
         timesteps = self.scheduler.timesteps
         t, last = timesteps[index], index + 1 == len(timesteps)
         if not self.exact:  # any other scheduler: fresh noise at every level, which has the right marginals
@@ -185,7 +194,9 @@ class KnownRegion:
         return torch.where(self.unknown.repeat_interleave(k, 0), latents, self.known.repeat_interleave(k, 0))
 
     def _weigh(self, t: torch.Tensor, before: torch.Tensor, model_output: torch.Tensor) -> None:
-        """Multiply the weights by p(z_s^known | z_t), the model's own density of the step that the known pixels take."""
+        """Multiply the weights by p(z_s^known | z_t), the model's own density of the step that the known pixels
+        take.
+        """
         variance = float(self.scheduler._get_variance(t.cpu()))
         if variance == 0:  # to clean data: no density, and nothing comes after it
             return

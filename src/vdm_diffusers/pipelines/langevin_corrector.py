@@ -15,16 +15,18 @@ from vdm_diffusers.score import corrector_step_size, langevin_step
 
 
 class LangevinCorrector:
-    r"""A `callback_on_step_end` that lets every step be followed by `num_steps` Langevin steps at the level it arrived at.
+    r"""A `callback_on_step_end` that lets every step be followed by `num_steps` Langevin steps at the level it arrived
+    at.
 
-    The network's prediction, whatever its type, is read as a score. Each corrector step costs one more evaluation of the
-    network. After the last step of the grid there is none.
+    The network's prediction, whatever its type, is read as a score. Each corrector step costs one more evaluation of
+    the network. After the last step of the grid there is none.
 
     Args:
         num_steps: Langevin steps after each step of the scheduler.
         signal_to_noise_ratio: r of `score.corrector_step_size`.
         generator: of the Langevin noise.
-        class_labels: `(B,)`, for a network with classes: those that the pipeline is given. None: the network's label for "no class".
+        class_labels: `(B,)`, for a network with classes: those that the pipeline is given. None: the network's label
+            for "no class".
 
     Raises:
         ValueError: a number of steps below 1.
@@ -33,7 +35,8 @@ class LangevinCorrector:
 
     Example:
     ```py
-    >>> images = pipe(16, 50, callback_on_step_end=LangevinCorrector(generator=torch.Generator().manual_seed(1))).images
+    >>> corrector = LangevinCorrector(generator=torch.Generator().manual_seed(1))
+    >>> images = pipe(16, 50, callback_on_step_end=corrector).images
     ```
     """
 

@@ -56,8 +56,9 @@ class LatentVDMPipeline(CheckpointMixin, DiffusionPipeline):
 
         -ln p(k) <= E_q(z|x)[ -ln p(k | z) + ln q(z | x) + L(z) ],   L(z) >= -ln p(z) the diffusion model's own bound.
 
-    The diffusion model sees y = (z - shift_factor) scaling_factor, the VAE's own two factors; entropy and L are those of y, since the
-    Jacobian stands in both and cancels. As y is continuous, the last step of the diffusion is decoded by p(y | z_0) = N(z_0 / alpha_0, sigma_0^2 / alpha_0^2).
+    The diffusion model sees y = (z - shift_factor) scaling_factor, the VAE's own two factors; entropy and L are those
+    of y, since the Jacobian stands in both and cancels. As y is continuous, the last step of the diffusion is decoded
+    by p(y | z_0) = N(z_0 / alpha_0, sigma_0^2 / alpha_0^2).
 
     `bound` is differentiable in everything: train the VAE on its own first and then the prior (with
     `vae.requires_grad_(False)`), or both at once, the encoder through the prior's bound.
@@ -66,17 +67,17 @@ class LatentVDMPipeline(CheckpointMixin, DiffusionPipeline):
         vae ([`VariationalAutoencoder`] or Diffusers' `AutoencoderKL`).
         unet ([`VDMUNet2DModel`] or [`UNet2DModel`]): of the latents' channels and size.
         scheduler ([`VDMScheduler`]): with a schedule given in log SNR.
-        num_levels, pixel_encoding: of the images, as in [`VDMPipeline`]; `None`: the VAE's own, else 256 and `"endpoint"`.
-        decoder_scale (`float`): an `AutoencoderKL` has no likelihood; with this scale it is a discretised logistic around the
-            decoded image. See `fit_decoder_scale`.
+        num_levels, pixel_encoding: of the images, as in [`VDMPipeline`]; `None`: the VAE's own, else 256 and
+        `"endpoint"`. decoder_scale (`float`): an `AutoencoderKL` has no likelihood; with this scale it is a
+            discretised logistic around the decoded image. See `fit_decoder_scale`.
         format_version (`int`): of the checkpoint's layout; leave it alone.
 
     Raises:
-        ValueError: if the unet's channels are not the latents', the schedule is a table of betas, or levels or encoding contradict the
-            VAE's.
+        ValueError: if the unet's channels are not the latents', the schedule is a table of betas, or levels or
+            encoding contradict the VAE's.
 
-    Source: Vahdat, Kreis & Kautz 2021, "Score-based generative modeling in latent space" (the joint bound); Rombach et al.
-        2022 (two stages); Kingma et al. 2021 (the prior).
+    Source: Vahdat, Kreis & Kautz 2021, "Score-based generative modeling in latent space" (the joint bound); Rombach et
+        al. 2022 (two stages); Kingma et al. 2021 (the prior).
     """
 
     __module__ = "vdm_diffusers"
@@ -108,7 +109,8 @@ class LatentVDMPipeline(CheckpointMixin, DiffusionPipeline):
             )
         if not getattr(scheduler, "is_log_snr_schedule", False):
             raise ValueError(
-                "`scheduler` must be a VDMScheduler with a schedule in log SNR, for instance beta_schedule='log_snr_linear': a "
+                "`scheduler` must be a VDMScheduler with a schedule in log SNR, for instance "
+                "beta_schedule='log_snr_linear': a "
                 "table of betas ends at x_1, from where continuous latents have no density."
             )
         self.register_modules(vae=vae, unet=unet, scheduler=scheduler)
@@ -119,7 +121,7 @@ class LatentVDMPipeline(CheckpointMixin, DiffusionPipeline):
             format_version=format_version,
         )
 
-    # --- the VAE's side -------------------------------------------------------------------------------------------------
+    # --- the VAE's side ----------------------------------------------------------------------------------------------
 
     @property
     def scaling_factor(self) -> float:
@@ -184,7 +186,9 @@ class LatentVDMPipeline(CheckpointMixin, DiffusionPipeline):
 
     @torch.no_grad()
     def fit_latent_scale(self, levels: Tensor) -> None:
-        """Set the VAE's `scaling_factor` and `shift_factor` so that the latents of these images have mean 0 and variance 1."""
+        """Set the VAE's `scaling_factor` and `shift_factor` so that the latents of these images have mean 0 and
+        variance 1.
+        """
         posterior = self._posterior(levels)
         z_mean, z_variance = (
             self._unscaled(posterior.mean).double(),
@@ -203,7 +207,7 @@ class LatentVDMPipeline(CheckpointMixin, DiffusionPipeline):
         self.register_to_config(decoder_scale=best)
         return best
 
-    # --- the bound ------------------------------------------------------------------------------------------------------
+    # --- the bound ---------------------------------------------------------------------------------------------------
 
     def bound(self, levels: Tensor, *, generator: torch.Generator | None = None) -> LatentBound:
         """An unbiased estimate of the joint bound from one draw of the latents, one time and one noise for each image.
@@ -230,7 +234,8 @@ class LatentVDMPipeline(CheckpointMixin, DiffusionPipeline):
         output = call_network(self.unet, y_t, timestep)
         eps_hat = convert(output, y_t, log_snr, source=self.scheduler.config.prediction_type, target="epsilon")
         error = squared_error(noise, eps_hat)
-        # p(y | z_0) = N(z_0 / alpha_0, sigma_0^2 / alpha_0^2) at z_0 = alpha_0 y + sigma_0 eps: the expectation is a constant
+        # p(y | z_0) = N(z_0 / alpha_0, sigma_0^2 / alpha_0^2) at z_0 = alpha_0 y + sigma_0 eps: the expectation is a
+        # constant
         reconstruction = 0.5 * latents[0].numel() * (math.log(2 * math.pi * math.e) - schedule.log_snr_max)
         return Bound(
             prior=prior_kl(latents, schedule.log_snr_min).to(error),
@@ -238,7 +243,7 @@ class LatentVDMPipeline(CheckpointMixin, DiffusionPipeline):
             reconstruction=torch.full_like(error, reconstruction),
         )
 
-    # --- sampling -------------------------------------------------------------------------------------------------------
+    # --- sampling ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(
@@ -283,8 +288,9 @@ class LatentVDMPipeline(CheckpointMixin, DiffusionPipeline):
     ) -> Tensor:
         """Images on the way from one image to another: `(num_images, C, H, W)` integer levels.
 
-        Latents are mixed linearly. With `noise_level` > 0 the mixtures are noised (all by the same noise) to that share of the grid
-        and denoised again, which draws them back to where the prior has its mass (Ho et al. 2020, figure 8).
+        Latents are mixed linearly. With `noise_level` > 0 the mixtures are noised (all by the same noise) to that
+        share of the grid and denoised again, which draws them back to where the prior has its mass (Ho et al. 2020,
+        figure 8).
 
         Args:
             first, second: `(1, C, H, W)` integers.

@@ -33,21 +33,22 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 class VDMPipeline(CheckpointMixin, DiffusionPipeline):
     r"""Samples images of integer levels from a pixel-space diffusion model.
 
-    The latents start at `z_1 ~ N(0, I)` and follow the scheduler's grid down. Where the schedule ends at clean data (a table of
-    betas, any scheduler of Diffusers), the last latents are `x_hat`. Where it ends at `z_0`, whose signal-to-noise ratio is
-    finite (a `VDMScheduler` given in log SNR with `final_step="latent"`), the model's own decoder has the last word: its mode
-    is the level nearest to `z_0 / alpha_0`. Either way the result is integers `k`, and the images are `k / (num_levels - 1)`.
+    The latents start at `z_1 ~ N(0, I)` and follow the scheduler's grid down. Where the schedule ends at clean data (a
+    table of betas, any scheduler of Diffusers), the last latents are `x_hat`. Where it ends at `z_0`, whose
+    signal-to-noise ratio is finite (a `VDMScheduler` given in log SNR with `final_step="latent"`), the model's own
+    decoder has the last word: its mode is the level nearest to `z_0 / alpha_0`. Either way the result is integers `k`,
+    and the images are `k / (num_levels - 1)`.
 
-    Latents are kept in float32 whatever the weights' dtype, so that the same generator gives the same noise to all of them,
-    and a step smaller than a half-precision unit is not lost.
+    Latents are kept in float32 whatever the weights' dtype, so that the same generator gives the same noise to all of
+    them, and a step smaller than a half-precision unit is not lost.
 
     Args:
         unet ([`VDMUNet2DModel`], [`UNet2DModel`], or a transformer called the same way):
             predicts from `(sample, timestep)`, and `class_labels` if it has classes, what `scheduler` expects.
         scheduler ([`VDMScheduler`] or another scheduler of Diffusers).
         num_levels (`int`): number of levels of a pixel, 256 for 8 bits; 2 to 65536.
-        pixel_encoding (`str`): how the training images were put into [-1, 1]: `"bin_center"`, `x = 2 (k + 1/2) / L - 1`, or
-            `"endpoint"`, `x = 2 k / (L - 1) - 1` (Diffusers' own).
+        pixel_encoding (`str`): how the training images were put into [-1, 1]: `"bin_center"`,
+            `x = 2 (k + 1/2) / L - 1`, or `"endpoint"`, `x = 2 k / (L - 1) - 1` (Diffusers' own).
         format_version (`int`): of the checkpoint's layout; leave it alone.
 
     Raises:
@@ -56,7 +57,8 @@ class VDMPipeline(CheckpointMixin, DiffusionPipeline):
     Source: Kingma et al. 2021, "Variational Diffusion Models", sections 3.1 and 3.3 (decoder, ancestral sampling).
     """
 
-    # What checkpoints record: the package serves every loading road, the file in which the class happens to stand does not.
+    # What checkpoints record: the package serves every loading road, the file in which the class happens to stand does
+    # not.
     __module__ = "vdm_diffusers"
 
     model_cpu_offload_seq = "unet"
@@ -97,9 +99,10 @@ class VDMPipeline(CheckpointMixin, DiffusionPipeline):
 
         Args:
             pipeline: for instance `DDPMPipeline.from_pretrained("google/ddpm-cifar10-32")`.
-            num_levels, pixel_encoding: of the images it was trained on; None: the pipeline's own, else 256 and `"endpoint"`, since
-                Diffusers' training scripts map 8-bit images to `k / 127.5 - 1`.
-            scheduler: instead of the pipeline's own; `VDMScheduler.from_config(pipeline.scheduler.config)` for the exact one.
+            num_levels, pixel_encoding: of the images it was trained on; None: the pipeline's own, else 256 and
+                `"endpoint"`, since Diffusers' training scripts map 8-bit images to `k / 127.5 - 1`.
+            scheduler: instead of the pipeline's own; `VDMScheduler.from_config(pipeline.scheduler.config)` for the
+                exact one.
 
         Raises:
             ValueError: if the pipeline has further components: a VAE, a text encoder, or another thing that this one
@@ -109,7 +112,8 @@ class VDMPipeline(CheckpointMixin, DiffusionPipeline):
         if set(components) != {"unet", "scheduler"}:
             raise ValueError(
                 f"`pipeline` must consist of a unet and a scheduler, got {type(pipeline).__name__} with "
-                f"{', '.join(sorted(components))}. A model of latents has no pixels to decode here; a network under another "
+                f"{', '.join(sorted(components))}. A model of latents has no pixels to decode here; a network under "
+                "another "
                 "name is passed as VDMPipeline(unet=..., scheduler=...)."
             )
         own = pipeline.config
@@ -130,14 +134,16 @@ class VDMPipeline(CheckpointMixin, DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Set to `True` by a callback (as `pipe.interrupt` or, as in Diffusers, `pipe._interrupt`), ends the sampling after this step."""
+        """Set to `True` by a callback (as `pipe.interrupt` or, as in Diffusers, `pipe._interrupt`), ends the sampling
+        after this step.
+        """
         return self._interrupt
 
     @interrupt.setter
     def interrupt(self, value: bool) -> None:
         self._interrupt = value
 
-    # --- sampling -----------------------------------------------------------------------------------------------------
+    # --- sampling ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def __call__(
@@ -168,29 +174,34 @@ class VDMPipeline(CheckpointMixin, DiffusionPipeline):
             batch_size: number of images; `None`: as many as there are `latents` or `class_labels`, else one.
             num_inference_steps: steps of the grid; `None`: the scheduler's `num_train_timesteps`.
             class_labels: one for all images, or one for each, if the model has classes.
-            latents: `(batch_size, C, H, W)` standard normal noise to start from, for instance of another size than the model's
-                `sample_size`; `None`: drawn from `generator`.
-            generator: of the noise, or the seed of one; a list has one for each image, and an image then does not depend on its neighbours.
-            output_type: `"pil"`: 8-bit images, levels scaled to 0..255; `"np"`: `(B, H, W, C)` and `"pt"`: `(B, C, H, W)`, float32
-                in [0, 1], level `k` as `k / (num_levels - 1)`; `"latent"`: the last latents, not decoded.
+            latents: `(batch_size, C, H, W)` standard normal noise to start from, for instance of another size than the
+                model's `sample_size`; `None`: drawn from `generator`.
+            generator: of the noise, or the seed of one; a list has one for each image, and an image then does not
+                depend on its neighbours.
+            output_type: `"pil"`: 8-bit images, levels scaled to 0..255; `"np"`: `(B, H, W, C)` and `"pt"`:
+                `(B, C, H, W)`, float32 in [0, 1], level `k` as `k / (num_levels - 1)`; `"latent"`: the last latents,
+                not decoded.
             return_dict: return an [`ImagePipelineOutput`], else a tuple of its only field.
-            callback_on_step_end: called as `callback(pipe, index, timestep, {"latents": ...})` after every step; a dictionary that
-                it returns replaces the latents. Setting `pipe.interrupt = True` ends the sampling after this step.
+            callback_on_step_end: called as `callback(pipe, index, timestep, {"latents": ...})` after every step; a
+                dictionary that it returns replaces the latents. Setting `pipe.interrupt = True` ends the sampling
+                after this step.
             callback_on_step_end_tensor_inputs: the names that the callback is given; only `latents` exists.
-            guidance_scale: g of classifier-free guidance, `negative + g (conditional - negative)`: 1 is the model itself, more
-                drives towards the class at two evaluations a step. Guided samples are no draws of the model.
+            guidance_scale: g of classifier-free guidance, `negative + g (conditional - negative)`: 1 is the model
+                itself, more drives towards the class at two evaluations a step. Guided samples are no draws of the
+                model.
             negative_class_labels: what guidance drives away from; `None`: the model's label for "no class".
-            image: PIL images, floats in [0, 1] or integer levels, to start from or to complete. One serves the whole batch.
-            strength: the share of the grid, in (0, 1], that is run, from `image` with the noise of that level; `None`: 1 with a
-                `mask`, else 0.8.
-            mask: `(H, W)`, or broadcastable to the images; 1 where pixels are to be made, 0 where `image` holds. A PIL image or an
-                array of 0 and 255 too.
-            num_particles: with a `mask`: K simulations for each image, resampled so that the result tends to the model's own
-                conditional distribution as K grows. Needs a `VDMScheduler` with ancestral sampling.
+            image: PIL images, floats in [0, 1] or integer levels, to start from or to complete. One serves the whole
+                batch.
+            strength: the share of the grid, in (0, 1], that is run, from `image` with the noise of that level; `None`:
+                1 with a `mask`, else 0.8.
+            mask: `(H, W)`, or broadcastable to the images; 1 where pixels are to be made, 0 where `image` holds. A PIL
+                image or an array of 0 and 255 too.
+            num_particles: with a `mask`: K simulations for each image, resampled so that the result tends to the
+                model's own conditional distribution as K grows. Needs a `VDMScheduler` with ancestral sampling.
 
         Raises:
-            ValueError: if an argument does not fit the others or the model, before anything is computed; if the latents
-                are not finite at the end.
+            ValueError: if an argument does not fit the others or the model, before anything is computed; if the
+                latents are not finite at the end.
 
         Example:
         ```py
@@ -245,7 +256,8 @@ class VDMPipeline(CheckpointMixin, DiffusionPipeline):
             source = torch.device("cpu") if device.type == "mps" else device
             rows = (shape[0] * num_particles, *shape[1:])
             latents = randn_tensor(rows, generator=generator, device=source, dtype=dtype)
-        # flow matching's schedulers of Diffusers neither scale the noise nor the model's input, and have no names for it
+        # flow matching's schedulers of Diffusers neither scale the noise nor the model's input, and have no names for
+        # it
         latents = latents.to(device=device, dtype=dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         scale_model_input = getattr(self.scheduler, "scale_model_input", lambda sample, timestep: sample)
         class_labels = default_label(self.unet) if class_labels is None else class_labels
@@ -313,10 +325,11 @@ class VDMPipeline(CheckpointMixin, DiffusionPipeline):
         class_labels: int | Sequence[int] | torch.Tensor | None = None,
         output_type: str = "pil",
     ) -> Any:
-        """`num_images` images from one image to another: their blends, given the same noise of a level and made images again.
+        """`num_images` images from one image to another: their blends, given the same noise of a level and made images
+        again.
 
-        The blend of two noised images is the noised blend. At a low `strength` the blends stay visible, at a high one the model has
-        the say.
+        The blend of two noised images is the noised blend. At a low `strength` the blends stay visible, at a high one
+        the model has the say.
 
         Args:
             first, second: one image each, as `image` of `__call__`.
@@ -331,7 +344,8 @@ class VDMPipeline(CheckpointMixin, DiffusionPipeline):
         ends = [image_values(image, self.config.num_levels) for image in (first, second)]
         if num_images < 2 or any(len(end) != 1 for end in ends):
             raise ValueError(
-                f"`num_images` must be at least 2 and `first` and `second` one image each, got {num_images}, {len(ends[0])} and "
+                f"`num_images` must be at least 2 and `first` and `second` one image each, got {num_images}, "
+                f"{len(ends[0])} and "
                 f"{len(ends[1])}."
             )
         fraction = torch.linspace(0, 1, num_images, dtype=torch.float64)[:, None, None, None]
@@ -353,7 +367,8 @@ class VDMPipeline(CheckpointMixin, DiffusionPipeline):
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """The last latents of the grid -> integer levels `k` in 0..num_levels-1: int64 `(B, C, H, W)`.
 
-        `z_0` is divided by `alpha_0` first if the scheduler ends there, which makes `k` the mode of the model's decoder.
+        `z_0` is divided by `alpha_0` first if the scheduler ends there, which makes `k` the mode of the model's
+        decoder.
         """
         # Asked by name and not by class: a class that was loaded from a repository's own code is another one.
         if getattr(self.scheduler, "is_log_snr_schedule", False) and self.scheduler.config.final_step == "latent":
@@ -398,7 +413,8 @@ class VDMPipeline(CheckpointMixin, DiffusionPipeline):
                 raise ValueError("`guidance_scale` needs `class_labels`: the classes to drive towards.")
             if self._negative_labels(guidance_scale, negative_class_labels) is None:
                 raise ValueError(
-                    "`negative_class_labels` are needed: the model has no label of its own that means 'no class'. Pass the one that it "
+                    "`negative_class_labels` are needed: the model has no label of its own that means 'no class'. "
+                    "Pass the one that it "
                     "was trained with in place of dropped labels."
                 )
         elif negative_class_labels is not None:
@@ -424,8 +440,10 @@ class VDMPipeline(CheckpointMixin, DiffusionPipeline):
             by_frequency = config.variance_type == "optimal" and "shape" in (config.get("optimal_variance") or {})
             if not ancestral or config.variance_type.startswith("learned") or by_frequency:
                 raise ValueError(
-                    "`num_particles` above 1 needs a VDMScheduler with stochasticity=1, multistep_order=1 and a variance that is not "
-                    "learned and one for all frequencies: the particles are weighed by the density of its steps, pixel by pixel."
+                    "`num_particles` above 1 needs a VDMScheduler with stochasticity=1, multistep_order=1 and a "
+                    "variance that is not "
+                    "learned and one for all frequencies: the particles are weighed by the density of its steps, "
+                    "pixel by pixel."
                 )
             if latents is not None or isinstance(generator, list):
                 raise ValueError("`num_particles` above 1 goes with neither `latents` nor a list of generators.")
@@ -475,7 +493,8 @@ class VDMPipeline(CheckpointMixin, DiffusionPipeline):
         if latents is not None:
             if latents.ndim != 4 or latents.shape[1] != channels or not latents.is_floating_point():
                 raise ValueError(
-                    f"`latents` must be floats of shape ({batch_size}, {channels}, H, W), got {latents.dtype} of shape "
+                    f"`latents` must be floats of shape ({batch_size}, {channels}, H, W), got {latents.dtype} of "
+                    "shape "
                     f"{tuple(latents.shape)}."
                 )
             return (batch_size, channels, latents.shape[2], latents.shape[3])

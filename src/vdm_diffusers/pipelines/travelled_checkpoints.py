@@ -1,6 +1,7 @@
 """`CheckpointMixin` for code that travels with a published model: saves and publishes together with this very file.
 
-It takes the place of `pipelines.checkpoint_mixin` there. Without the package nothing looks over a checkpoint before it is built.
+It takes the place of `pipelines.checkpoint_mixin` there. Without the package nothing looks over a checkpoint before it
+is built.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""Looks at a checkpoint before anything is built from it: what may be refused is refused before memory or disk is spent.
+"""Looks at a checkpoint before anything is built from it: what may be refused is refused before memory or disk is
+spent.
 
-Nothing of a checkpoint is executed here or imported because the checkpoint names it, and no tensor is read: of safetensors
-only the header. Sizes are compared three ways: what the configs describe, what the headers say, and what the files hold.
-The pipelines' `from_pretrained` call this for folders, and for repositories before their weights are downloaded; the VAEs' for themselves.
+Nothing of a checkpoint is executed here or imported because the checkpoint names it, and no tensor is read: of
+safetensors
+only the header. Sizes are compared three ways: what the configs describe, what the headers say, and what the files
+hold. The pipelines' `from_pretrained` call this for folders, and for repositories before their weights are downloaded;
+the VAEs' for themselves.
 """
 
 from vdm_diffusers.safety.checks import check_checkpoint as check_checkpoint

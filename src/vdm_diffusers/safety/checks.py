@@ -68,7 +68,8 @@ def check_repository(
     passed: Collection[str] = (),
     trust_remote_code: bool = False,
 ) -> None:
-    """Raise `UnsafeCheckpointError` for a repository whose list of files or whose configs are refused; no weights are fetched.
+    """Raise `UnsafeCheckpointError` for a repository whose list of files or whose configs are refused; no weights are
+    fetched.
 
     What weights there are must not be larger than what the config describes needs in float64.
     Raises huggingface_hub's own errors where the repository cannot be read.
@@ -93,7 +94,8 @@ def check_repository(
 def check_model(
     component: type, source: str | os.PathLike[str], options: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """Raise `UnsafeCheckpointError` for a model by itself that is refused, in a folder or, before its weights are fetched, on the Hub.
+    """Raise `UnsafeCheckpointError` for a model by itself that is refused, in a folder or, before its weights are
+    fetched, on the Hub.
 
     Arguments:
         component: its class. source, options: what `from_pretrained` was given.
@@ -116,7 +118,8 @@ def check_model(
                 check_config(name, config)
                 beside = {p: size for p, size in sizes.items() if p.rpartition("/")[0] == subfolder}
                 _check_sizes(component, config, beside, str(source))
-        # By its branch, which the cache then knows. What is checked below is what is loaded, whatever was pushed meanwhile.
+        # By its branch, which the cache then knows. What is checked below is what is loaded, whatever was pushed
+        # meanwhile.
         patterns = [f"{subfolder}/{kind}" if subfolder else kind for kind in ("*.json", "*.safetensors")]
         source = snapshot_download(str(source), allow_patterns=patterns, **cached, **place)
     folder = pathlib.Path(source) / subfolder

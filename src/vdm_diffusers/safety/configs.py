@@ -78,7 +78,9 @@ def read_json(path: pathlib.Path, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def check_inside(path: pathlib.Path, folder: pathlib.Path) -> None:
-    """Raise for a link that leads out of `folder`, other than to where huggingface_hub's cache keeps the contents of files."""
+    """Raise for a link that leads out of `folder`, other than to where huggingface_hub's cache keeps the contents of
+    files.
+    """
     try:
         real, root = path.resolve(), folder.resolve()
     except (OSError, RuntimeError) as error:  # links that lead in a circle
@@ -110,7 +112,8 @@ def component_entries(index: Mapping[str, Any], pipeline: str, passed: Collectio
     listed = {name: value for name, value in index.items() if isinstance(value, list)}
     if set(listed) != set(_PIPELINES[pipeline]):
         raise UnsafeCheckpointError(
-            f"model_index.json must have the components {', '.join(_PIPELINES[pipeline])}, got {', '.join(listed) or 'none'}."
+            f"model_index.json must have the components {', '.join(_PIPELINES[pipeline])}, got "
+            f"{', '.join(listed) or 'none'}."
         )
     for name, value in listed.items():
         if len(value) != 2 or not all(isinstance(v, str) and re.fullmatch(r"[A-Za-z_][\w.]*", v) for v in value):
@@ -125,8 +128,10 @@ def component_class(name: str, library: str, class_name: str) -> type:
     found = getattr(module, class_name, None) if module is not None and "." not in class_name else None
     if not (isinstance(found, type) and issubclass(found, base)):
         raise UnsafeCheckpointError(
-            f"model_index.json asks for `{class_name}` of `{library}` as {name}, and that is no {base.__name__} known here. A "
-            "class of your own: import its module first. Code that comes with a checkpoint runs only with trust_remote_code=True."
+            f"model_index.json asks for `{class_name}` of `{library}` as {name}, and that is no {base.__name__} known "
+            "here. A "
+            "class of your own: import its module first. Code that comes with a checkpoint runs only with "
+            "trust_remote_code=True."
         )
     return found
 
@@ -159,7 +164,8 @@ def check_cost(component: type, config: Mapping[str, Any]) -> None:
         numbers += [entry for entry in width if isinstance(entry, int)]
         if math.prod(numbers) > MAX_POSITIONS:
             raise UnsafeCheckpointError(
-                f"`sample_size` {size} in patches of {patch} makes a table of {math.prod(numbers)} entries for the positions, at most "
+                f"`sample_size` {size} in patches of {patch} makes a table of {math.prod(numbers)} entries for the "
+                "positions, at most "
                 f"{MAX_POSITIONS} are accepted."
             )
 
@@ -175,7 +181,9 @@ def _entries(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_layers(config: Mapping[str, Any], num_tensors: int) -> None:
-    """A network of many layers is slow to build and large even without weights: it must have as many tensors at least."""
+    """A network of many layers is slow to build and large even without weights: it must have as many tensors at
+    least.
+    """
     layers = 1
     for key, value in _entries(config):
         if isinstance(value, int) and re.search(r"layers|depth|num_blocks", key):
@@ -186,6 +194,7 @@ def check_layers(config: Mapping[str, Any], num_tensors: int) -> None:
     limit = min(num_tensors, MAX_LAYERS)
     if layers * max(1, blocks) > limit:
         raise UnsafeCheckpointError(
-            f"the network's config describes {layers * max(1, blocks)} layers or more; its weights have room for {num_tensors} tensors, "
+            f"the network's config describes {layers * max(1, blocks)} layers or more; its weights have room for "
+            f"{num_tensors} tensors, "
             f"and at most {MAX_LAYERS} layers are accepted."
         )

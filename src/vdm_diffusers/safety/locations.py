@@ -24,13 +24,15 @@ def check_location(location: str | os.PathLike[str]) -> None:
     )
     if looks and not os.path.isdir(text):
         raise FileNotFoundError(
-            f"there is no folder {text!r}. (It looks like a path, so the Hub was not asked: a repository is called 'owner/name'.)"
+            f"there is no folder {text!r}. (It looks like a path, so the Hub was not asked: a repository is called "
+            "'owner/name'.)"
         )
 
 
 @contextlib.contextmanager
 def cache_if_unreachable(repo_id: str) -> Iterator[dict[str, bool]]:
-    """Leave the block, with one line of warning, where the Hub cannot be reached or has too much to do: the cache may do.
+    """Leave the block, with one line of warning, where the Hub cannot be reached or has too much to do: the cache may
+    do.
 
     Yields the further arguments of a download: local_files_only=True once the block was left.
     """

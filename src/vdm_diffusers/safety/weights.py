@@ -56,7 +56,8 @@ def _check_index(name: str, index: Mapping[str, Any], headers: Mapping[str, Mapp
 
 
 def read_header(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors in a safetensors file, of which only the header is read, or `UnsafeCheckpointError`.
+    """Name -> shape of the tensors in a safetensors file, of which only the header is read, or
+    `UnsafeCheckpointError`.
 
     The library checks that tensors lie in the file one after another, without gap or overlap, and fill it.
     """
@@ -68,7 +69,8 @@ def read_header(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
         raise UnsafeCheckpointError(f"{path.name} cannot be read: {error.strerror}.") from error
     if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
         raise UnsafeCheckpointError(
-            f"{path.name} has {size} bytes and says that its header alone has {length}: it is cut short or no safetensors."
+            f"{path.name} has {size} bytes and says that its header alone has {length}: it is cut short or no "
+            "safetensors."
         )
     try:
         with safe_open(path, "pt") as file:
@@ -107,7 +109,8 @@ def check_shapes(component: type, config: Mapping[str, Any], tensors: Mapping[st
     for name, shape in expected.items():
         if tensors.get(name, shape) != shape:
             raise UnsafeCheckpointError(
-                f"`{name}` has the shape {list(tensors[name])} in the weights and {list(shape)} by the network's config."
+                f"`{name}` has the shape {list(tensors[name])} in the weights and {list(shape)} by the network's "
+                "config."
             )
     missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     # Diffusers renames tensors of its own old checkpoints while it loads them: then the count agrees

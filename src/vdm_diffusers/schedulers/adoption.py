@@ -1,8 +1,9 @@
-"""Configurations of Diffusers' schedulers, read as their own class reads them, or refused with the class that is right.
+"""Configurations of Diffusers' schedulers, read as their own class reads them, or refused with the class that is
+right.
 
-A Diffusers config does not describe a model by itself: what it leaves out stands in the signature of the class that wrote it, some
-classes change their table of betas afterwards, and others have other timesteps or another path. Here a config becomes that of a
-`VDMScheduler` with the same table of log SNRs and the same prediction, or it is refused.
+A Diffusers config does not describe a model by itself: what it leaves out stands in the signature of the class that
+wrote it, some classes change their table of betas afterwards, and others have other timesteps or another path. Here a
+config becomes that of a `VDMScheduler` with the same table of log SNRs and the same prediction, or it is refused.
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ _SIGMAS = ("EDM", "VDMSigma", "CosineDPMSolver", "KarrasVe", "ScoreSdeVe", "CMSt
 
 
 def adopted(config: Mapping[str, Any], own: type) -> dict[str, Any]:
-    """`config`, written by any class, in the words of the class `own`: what its own class adds by default and by habit is written out.
+    """`config`, written by any class, in the words of the class `own`: what its own class adds by default and by habit
+    is written out.
 
     Raises:
-        ValueError: the config is of a model that no table of betas with its timesteps describes; names the class to use.
+        ValueError: the config is of a model that no table of betas with its timesteps describes; names the class to
+            use.
     """
     values = dict(config)
     name = values.get("_class_name") or _class_of(values)
@@ -55,8 +58,8 @@ def adopted(config: Mapping[str, Any], own: type) -> dict[str, Any]:
     defaults = _defaults(name)
     if (reason := other_model(name, values)) is not None:
         if name == "EDMEulerScheduler":
-            # Diffusers exchanges this class's configurations with DDPMScheduler's in silence. One with betas only visited it; another is
-            # refused when it is used.
+            # Diffusers exchanges this class's configurations with DDPMScheduler's in silence. One with betas only
+            # visited it; another is refused when it is used.
             return values if values.keys() >= set(_TABLE) else values | {"_refused": reason}
         _refuse(reason, values)
     written = {key for key in _OWN_TO_THE_MODEL if key in defaults or key in values}
@@ -68,7 +71,8 @@ def adopted(config: Mapping[str, Any], own: type) -> dict[str, Any]:
     no_table = "beta_schedule" not in defaults if defaults else values.get("trained_betas") is None
     if missing and no_table:
         raise ValueError(
-            f"a configuration of {name} describes no table of betas (no `{missing[0]}`), which VDMScheduler needs. Keep {name}, or "
+            f"a configuration of {name} describes no table of betas (no `{missing[0]}`), which VDMScheduler needs. "
+            f"Keep {name}, or "
             "make a VDMScheduler that says what the model was trained with."
         )
     shift = float(values.get("snr_shift_scale") or 1)
@@ -96,18 +100,22 @@ def _refuse(reason: str, values: Mapping[str, Any]) -> None:
 
 
 def other_model(name: str, values: Mapping[str, Any]) -> str | None:
-    """Why the class `name` with this config is not for a variance-preserving model with integer timesteps; None if it may be."""
+    """Why the class `name` with this config is not for a variance-preserving model with integer timesteps; None if it
+    may be.
+    """
     instead = "Use VDMFlowScheduler.from_config(config), or keep the scheduler that the pipeline came with."
     if name.startswith(_FLOWS) and name not in (*_SAME_FLOW, "VDMFlowScheduler"):
         instead = f"Keep {name}."
     if name.startswith(_FLOWS):
         return (
-            f"{name} is for models of the straight path z = (1 - s) x + s eps, and VDMScheduler samples variance-preserving ones. "
+            f"{name} is for models of the straight path z = (1 - s) x + s eps, and VDMScheduler samples "
+            "variance-preserving ones. "
             f"{instead}"
         )
     if values.get("use_flow_sigmas"):
         return (
-            f"this configuration of {name} has use_flow_sigmas=True: its model was trained on the flow path z = (1 - s) x + s eps, and "
+            f"this configuration of {name} has use_flow_sigmas=True: its model was trained on the flow path z = (1 - "
+            "s) x + s eps, and "
             f"VDMScheduler samples variance-preserving models. {instead}"
         )
     if name.startswith(_SIGMAS):
@@ -115,12 +123,14 @@ def other_model(name: str, values: Mapping[str, Any]) -> str | None:
             f"Use VDMSigmaScheduler.from_config(config), or keep {name}." if name in _SAME_SIGMA else f"Keep {name}."
         )
         return (
-            f"{name} is for networks in sigma space, z = x + s eps, which are fed functions of s, and VDMScheduler samples "
+            f"{name} is for networks in sigma space, z = x + s eps, which are fed functions of s, and VDMScheduler "
+            "samples "
             f"variance-preserving ones. {ours}"
         )
     if values.get("timestep_type") == "continuous":
         return (
-            f"this configuration of {name} has timestep_type='continuous': its network is fed 0.25 ln(sigma), and VDMScheduler's is "
+            f"this configuration of {name} has timestep_type='continuous': its network is fed 0.25 ln(sigma), and "
+            "VDMScheduler's is "
             "fed the indices of a table. Keep the scheduler that the pipeline came with."
         )
     return None
@@ -129,8 +139,8 @@ def other_model(name: str, values: Mapping[str, Any]) -> str | None:
 def adopted_flow(config: Mapping[str, Any], own_class: str) -> dict[str, Any]:
     """`config`, written by any flow-matching scheduler, in the words of `own_class`.
 
-    Taken are the three classes of `FlowMatchEulerDiscreteScheduler`'s path and time, and multistep solvers with `use_flow_sigmas`, whose
-    `flow_shift` is the shift.
+    Taken are the three classes of `FlowMatchEulerDiscreteScheduler`'s path and time, and multistep solvers with
+    `use_flow_sigmas`, whose `flow_shift` is the shift.
 
     Raises:
         ValueError: the config is of another kind of model; names the class to use.
@@ -140,7 +150,8 @@ def adopted_flow(config: Mapping[str, Any], own_class: str) -> dict[str, Any]:
     name = possible[0] if possible else None
     if len(possible) > 1 and any(other in _SAME_FLOW for other in possible):
         raise ValueError(
-            f"this configuration does not say whose it is, and may be of {' or '.join(possible)}, which are of different models. Pass "
+            f"this configuration does not say whose it is, and may be of {' or '.join(possible)}, which are of "
+            "different models. Pass "
             "{**config, '_class_name': ...} with the right one."
         )
     if name == own_class or not isinstance(name, str):
@@ -158,15 +169,18 @@ def adopted_flow(config: Mapping[str, Any], own_class: str) -> dict[str, Any]:
         }
     if name in _SAME_SIGMA or name == "VDMSigmaScheduler":
         raise ValueError(
-            f"{name} is for networks in sigma space, and VDMFlowScheduler samples those of the straight path z = (1 - s) x + s eps. Use "
+            f"{name} is for networks in sigma space, and VDMFlowScheduler samples those of the straight path z = (1 - "
+            "s) x + s eps. Use "
             "VDMSigmaScheduler.from_config(config)."
         )
     if name.startswith((*_FLOWS, *_SIGMAS)):
         raise ValueError(
-            f"{name} is for models with a time or a chain of its own, which VDMFlowScheduler does not have. Keep {name}."
+            f"{name} is for models with a time or a chain of its own, which VDMFlowScheduler does not have. Keep "
+            f"{name}."
         )
     raise ValueError(
-        f"{name} is for variance-preserving models, and VDMFlowScheduler samples those of the straight path z = (1 - s) x + s eps. Use "
+        f"{name} is for variance-preserving models, and VDMFlowScheduler samples those of the straight path z = (1 - "
+        "s) x + s eps. Use "
         "VDMScheduler.from_config(config)."
     )
 
@@ -201,24 +215,29 @@ def adopted_sigma(config: Mapping[str, Any], own_class: str) -> dict[str, Any]:
 
 
 def is_of_kind(own_class: str, name: str, values: Mapping[str, Any]) -> bool:
-    """Whether the class `name` with this config is for the models of `own_class`, "VDMFlowScheduler" or "VDMSigmaScheduler"."""
+    """Whether the class `name` with this config is for the models of `own_class`, "VDMFlowScheduler" or
+    "VDMSigmaScheduler".
+    """
     if own_class == "VDMSigmaScheduler":
         return name in _SAME_SIGMA
     return name in _SAME_FLOW or (bool(values.get("use_flow_sigmas")) and not name.startswith(_FLOWS))
 
 
 def table_of(scheduler: Any, exact: Tensor) -> Tensor:
-    """(T,) the log SNRs of the table that a stock scheduler object has, which may have been assigned after its construction.
+    """(T,) the log SNRs of the table that a stock scheduler object has, which may have been assigned after its
+    construction.
 
     Arguments:
-        exact: (T',) what its config says, in float64. Where the object's float32 `alphas_cumprod` is this to rounding, this it is.
+        exact: (T',) what its config says, in float64. Where the object's float32 `alphas_cumprod` is this to rounding,
+            this it is.
     Raises:
         ValueError: the object has no such table.
     """
     alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
     if not isinstance(alphas_cumprod, Tensor) or alphas_cumprod.ndim != 1:
         raise ValueError(
-            f"`scheduler`, a {type(scheduler).__name__}, has no table `alphas_cumprod`, which the bound is computed from. Pass a "
+            f"`scheduler`, a {type(scheduler).__name__}, has no table `alphas_cumprod`, which the bound is computed "
+            "from. Pass a "
             "VDMScheduler that says what the model was trained with."
         )
     real = alphas_cumprod.detach().double().cpu()
@@ -232,7 +251,8 @@ def table_of(scheduler: Any, exact: Tensor) -> Tensor:
 
 
 def _class_of(values: Mapping[str, Any]) -> str | None:
-    """The class that wrote a live config, which does not say it, by its keys; None for keys of our own, or of nobody's.
+    """The class that wrote a live config, which does not say it, by its keys; None for keys of our own, or of
+    nobody's.
 
     A config with a table of betas needs no class: each value stands in it, by default or not.
     """

@@ -12,8 +12,8 @@ from .configuration import betas_of_log_snrs
 class BetaTables:
     """`betas`, `alphas` and `alphas_cumprod` under Diffusers' names and in its float32. Nothing computes with them.
 
-    Recipes assign to them or write into them, the one for zero terminal SNR for example: then they are what counts, and a scheduler
-    asks `changed` for the betas that follow.
+    Recipes assign to them or write into them, the one for zero terminal SNR for example: then they are what counts,
+    and a scheduler asks `changed` for the betas that follow.
 
     Arguments:
         log_snrs: (T,) of x_1..x_T, float64.
@@ -41,7 +41,8 @@ class BetaTables:
         self.named[name] = value
 
     def changed(self) -> Tensor | None:
-        """(T,) the betas, float64, that what was assigned or written means; None if it is the tables as they were made.
+        """(T,) the betas, float64, that what was assigned or written means; None if it is the tables as they were
+        made.
 
         Moved to another device or dtype, or multiplied out anew in float32, they are as they were.
         """
@@ -68,7 +69,9 @@ class BetaTables:
 
 
 def same_to_rounding(alphas_cumprod: Tensor, exact: Tensor) -> Tensor:
-    """Whether each entry of a product that float32 has rounded is the exact one, as far as such a product can tell: (T,) bool."""
+    """Whether each entry of a product that float32 has rounded is the exact one, as far as such a product can tell:
+    (T,) bool.
+    """
     steps = torch.arange(3, len(exact) + 3, dtype=torch.float64)
     # each factor of the product is rounded; rescaling to zero terminal SNR also rounds the difference of roots
     tolerance = 2.0**-24 * (steps * exact + 4 * exact.sqrt())

@@ -55,12 +55,16 @@ class StepSettings(NamedTuple):
         return None if self.optimal_variance is None else OptimalVariance.from_config(self.optimal_variance)
 
 
-# As plain attributes, which is how Diffusers' schedulers read theirs: pipelines assign to them (config.clip_sample = False).
+# As plain attributes, which is how Diffusers' schedulers read theirs: pipelines assign to them (config.clip_sample =
+# False).
 read_settings = attrgetter(*StepSettings._fields)
 
 
 class StepCoefficients(NamedTuple):
-    """Steps from times t to times s, as float64 tensors of the log SNRs' shape. Those of an undefined step are not finite."""
+    """Steps from times t to times s, as float64 tensors of the log SNRs' shape.
+
+    Those of an undefined step are not finite.
+    """
 
     x_z: Tensor
     x_output: Tensor
@@ -113,8 +117,8 @@ def step_coefficients(
     Arguments:
         log_snr_t, log_snr_s: float64 of one shape; +inf for s is clean data, where no noise is added.
         optimal: the network's mean squared errors, for variance_type="optimal".
-        timeline: knows the path, and what the network's output means. What says nothing of x is not a number, which is reported if that
-            step is ever taken.
+        timeline: knows the path, and what the network's output means. What says nothing of x is not a number, which is
+            reported if that step is ever taken.
     """
     step = reverse_coefficients(log_snr_t, log_snr_s, settings.stochasticity, path=timeline.path)
     x_z, x_output = timeline.denoising(log_snr_t, settings.prediction_type)

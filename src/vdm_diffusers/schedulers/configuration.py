@@ -54,9 +54,11 @@ def plain(key: str, value: Any) -> Any:
 
 
 def unset_keys(init: Callable[..., Any], config: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The config's `_use_default_values` as Diffusers means it, the keys that nobody set; without it where the config has none.
+    """The config's `_use_default_values` as Diffusers means it, the keys that nobody set; without it where the config
+    has none.
 
-    Diffusers counts arguments that were passed by position among them, and drops them where another class takes the config.
+    Diffusers counts arguments that were passed by position among them, and drops them where another class takes the
+    config.
     """
     name, parameters = "_use_default_values", inspect.signature(init).parameters
     if name not in config:  # of a scheduler that was saved: all stand in its file
@@ -70,14 +72,16 @@ def check_config(config: Mapping[str, Any]) -> None:
     _check_numbers(config)
     if "optimal" in (config["variance_type"], config["step_grid"]) and config["optimal_variance"] is None:
         raise ValueError(
-            "`variance_type='optimal'` (and `step_grid='optimal'`) needs `optimal_variance={'log_snr': [...], 'mse': [...]}`: "
+            "`variance_type='optimal'` (and `step_grid='optimal'`) needs `optimal_variance={'log_snr': [...], 'mse': "
+            "[...]}`: "
             "the measured E|x - x_hat|^2 / D against log SNR."
         )
     if config["optimal_variance"] is not None:
         optimal = OptimalVariance.from_config(config["optimal_variance"])
         if optimal.shape is not None and len(optimal.log_snr) > MAX_KNOTS:
             raise ValueError(
-                f"`optimal_variance` for each frequency must have at most {MAX_KNOTS} log SNRs, got {len(optimal.log_snr)}."
+                f"`optimal_variance` for each frequency must have at most {MAX_KNOTS} log SNRs, got "
+                f"{len(optimal.log_snr)}."
             )
     table = config["log_snr_table"]
     if table is not None and not is_in_log_snr(config):
@@ -104,7 +108,8 @@ def _check_choices(config: Mapping[str, Any]) -> None:
             raise ValueError(f"`{key}` must be one of {', '.join(map(str, choices))}, got {config[key]!r}.")
     if config["variance_type"] not in (*VARIANCE_TYPES, None):  # None stands in the configurations of DPM-Solver
         warnings.warn(
-            f"`variance_type` {config['variance_type']!r} is not one of {', '.join(VARIANCE_TYPES)}: it acts as 'fixed_small'.",
+            f"`variance_type` {config['variance_type']!r} is not one of {', '.join(VARIANCE_TYPES)}: it acts as "
+            "'fixed_small'.",
             stacklevel=6,
         )
 
@@ -119,7 +124,8 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
     stochasticity = config["stochasticity"]
     if not 0 <= stochasticity < math.inf:
         raise ValueError(
-            "`stochasticity` must be a finite number that is not negative (0 deterministic, 1 ancestral, above 1 noisier), "
+            "`stochasticity` must be a finite number that is not negative (0 deterministic, 1 ancestral, above 1 "
+            "noisier), "
             f"got {stochasticity}."
         )
 
@@ -143,7 +149,8 @@ def _log_snr_schedule(config: Mapping[str, Any], high: float, low: float) -> Noi
         table = TabulatedNoiseSchedule(torch.tensor(config["log_snr_table"], dtype=torch.float64))
         if not (table.log_snr_max <= high and table.log_snr_min >= low):
             raise ValueError(
-                f"`log_snr_table` must stay between log_snr_max = {high} and log_snr_min = {low}, got {table.log_snr_max} to "
+                f"`log_snr_table` must stay between log_snr_max = {high} and log_snr_min = {low}, got "
+                f"{table.log_snr_max} to "
                 f"{table.log_snr_min}."
             )
         return table
@@ -167,7 +174,8 @@ def warn_of_odd_betas(config: Mapping[str, Any], timeline: Timeline) -> None:
     betas, stated = betas_of(config), config["num_train_timesteps"]
     if len(betas) != stated:
         warnings.warn(
-            f"`trained_betas` has {len(betas)} entries and `num_train_timesteps` is {stated}: the chain has {len(betas)} steps.",
+            f"`trained_betas` has {len(betas)} entries and `num_train_timesteps` is {stated}: the chain has "
+            f"{len(betas)} steps.",
             stacklevel=6,
         )
     if not bool(((betas > 0) & (betas <= 1)).all()):
@@ -187,8 +195,9 @@ def betas_of_log_snrs(log_snrs: Tensor) -> Tensor:
 def betas_for_diffusers(alphas_cumprod: Tensor) -> list[float]:
     """Betas of which Diffusers' own float32 product comes out as `alphas_cumprod`, as nearly as float32 can.
 
-    Diffusers rounds 1 - beta to float32 and takes the product: each beta is chosen so that the rounded product stays next to the
-    exact one (error feedback), and among those that give the same rounding, so that the product in float64 does too.
+    Diffusers rounds 1 - beta to float32 and takes the product: each beta is chosen so that the rounded product stays
+    next to the exact one (error feedback), and among those that give the same rounding, so that the product in float64
+    does too.
     """
     rounded, exact, betas = 1.0, 1.0, []  # the two running products: with 1 - beta in float32, and in float64
     for alpha_bar in alphas_cumprod.tolist():

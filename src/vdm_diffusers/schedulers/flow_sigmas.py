@@ -3,12 +3,12 @@
 The sigmas are spread over (0, 1], shifted, stretched, and respaced, in this order, as a config says:
 
     even         u from sigma_max to sigma_min, or what is handed in
-    shifted      shift u / (1 + (shift - 1) u), or with `use_dynamic_shifting` by mu, which the pipeline computes from the resolution
-    stretched    so that the last is `shift_terminal`
+    shifted      shift u / (1 + (shift - 1) u), or with `use_dynamic_shifting` by mu, which the pipeline computes from
+    the resolution stretched    so that the last is `shift_terminal`
     respaced     between the same ends: Karras, exponential or beta
 
-Source: Esser et al. 2024, "Scaling Rectified Flow Transformers"; Karras et al. 2022; Lee et al. 2024, "Beta Sampling is All You Need";
-    `FlowMatchEulerDiscreteScheduler`, whose samples these give.
+Source: Esser et al. 2024, "Scaling Rectified Flow Transformers"; Karras et al. 2022; Lee et al. 2024, "Beta Sampling
+    is All You Need"; `FlowMatchEulerDiscreteScheduler`, whose samples these give.
 """
 
 from __future__ import annotations
@@ -52,13 +52,14 @@ def place_sigmas(
         mu: of a dynamic shift. shift: of a static one.
         ends: the largest and the smallest sigma of even steps.
     Raises:
-        ValueError: nothing says how many steps; lengths that differ; `mu` missing, or given where it means nothing; sigmas that do not
-            descend inside (0, 1].
+        ValueError: nothing says how many steps; lengths that differ; `mu` missing, or given where it means nothing;
+            sigmas that do not descend inside (0, 1].
     """
     given = [len(v) for v in (sigmas, timesteps) if v is not None] + ([] if num_steps is None else [num_steps])
     if not given or len(set(given)) > 1:
         raise ValueError(
-            "say how many steps: pass `num_inference_steps`, `sigmas` or `timesteps`, of one length where there are several, got "
+            "say how many steps: pass `num_inference_steps`, `sigmas` or `timesteps`, of one length where there are "
+            "several, got "
             f"{given or 'none of them'}."
         )
     if given[0] < 1 or int(given[0]) != given[0]:
@@ -98,7 +99,8 @@ def shifted(sigmas: Values, config: Mapping[str, Any], mu: float | None, shift: 
         return shift * sigmas / (1 + (shift - 1) * sigmas)
     if mu is None:
         raise ValueError(
-            "`mu` must be passed to `set_timesteps`, because this config has use_dynamic_shifting=True: pipelines compute it from the "
+            "`mu` must be passed to `set_timesteps`, because this config has use_dynamic_shifting=True: pipelines "
+            "compute it from the "
             "image's size. To shift by a constant, set use_dynamic_shifting=False and `shift`."
         )
     return time_shift(config["time_shift_type"], float(mu), 1.0, sigmas)

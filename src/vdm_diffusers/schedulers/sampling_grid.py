@@ -19,17 +19,18 @@ from .updates import multistep_weights, velocity_weights
 class SamplingGrid:
     """The steps of a sampling run, each from one entry of `timesteps` to the next, the last to the timeline's end.
 
-    Coefficients are made from log SNR in float64, and belong to the timesteps as the network is fed them, after any rounding to
-    float32. Lists of numbers, which take long for long grids, are made when they are first needed.
+    Coefficients are made from log SNR in float64, and belong to the timesteps as the network is fed them, after any
+    rounding to float32. Lists of numbers, which take long for long grids, are made when they are first needed.
 
     Arguments:
         timeline: what the timesteps mean.
         timesteps: (n,) descending, on the CPU, in the dtype in which the network is fed them.
         settings: what the steps are like.
         device: where `timesteps` goes.
-        log_snrs: (n + 1,) ascending float64, of the steps and of the end of the last. None: what the timeline says of `timesteps`.
-        chosen: whether somebody chose these timesteps. The training chain, which stands for them before, also takes fractional
-            ones, which step down by one.
+        log_snrs: (n + 1,) ascending float64, of the steps and of the end of the last. None: what the timeline says of
+            `timesteps`.
+        chosen: whether somebody chose these timesteps. The training chain, which stands for them before, also takes
+            fractional ones, which step down by one.
     """
 
     @on_cpu  # what is kept here may be used in training later
@@ -82,7 +83,7 @@ class SamplingGrid:
         grid.begin_index, grid.step_index, grid.history = self.begin_index, self.step_index, self.history
         return grid
 
-    # --- the timesteps ------------------------------------------------------------------------------------------------
+    # --- the timesteps -----------------------------------------------------------------------------------------------
 
     @cached_property
     def values(self) -> list[float]:
@@ -95,14 +96,18 @@ class SamplingGrid:
         return {value: index for index, value in enumerate(self.values)}
 
     def locate(self, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`timestep` as floats, its place in the ascending grid, and whether it is there; all on its device, nothing read."""
+        """`timestep` as floats, its place in the ascending grid, and whether it is there; all on its device, nothing
+        read.
+        """
         values = as_float64(timestep).contiguous()
         grid = self.ascending[1:].to(values)
         place = torch.searchsorted(grid, values).clamp(max=len(grid) - 1)
         return values, place, take(grid, place) == values
 
     def previous(self, timestep: Tensor | float) -> Tensor | float:
-        """Where a step from `timestep` ends: the next entry of the grid if it is on it, else one step of the training chain down."""
+        """Where a step from `timestep` ends: the next entry of the grid if it is on it, else one step of the training
+        chain down.
+        """
         if not isinstance(timestep, Tensor):
             index = self.places.get(timestep)
             if index is None:
@@ -114,7 +119,10 @@ class SamplingGrid:
         )
 
     def index_of(self, timestep: Tensor | float) -> int | None:
-        """The place of `timestep` on the grid; None for one off the training chain's whole steps. Never waits for a device."""
+        """The place of `timestep` on the grid; None for one off the training chain's whole steps.
+
+        Never waits for a device.
+        """
         if self.counted and (place := self.begin_index if self.step_index is None else self.step_index) is not None:
             return self._in_range(place)
         if isinstance(timestep, Tensor):
@@ -145,7 +153,8 @@ class SamplingGrid:
     def _in_range(self, place: int) -> int:
         if place >= self.length:
             raise ValueError(
-                f"all {self.length} steps are taken: call `set_timesteps` (or `set_begin_index`) before the next sample."
+                f"all {self.length} steps are taken: call `set_timesteps` (or `set_begin_index`) before the next "
+                "sample."
             )
         return place
 
@@ -153,11 +162,12 @@ class SamplingGrid:
         self.timeline.check(timestep)  # names the range if that is what is wrong
         if self.chosen or bool((timestep <= self.terminal).any()):
             raise ValueError(
-                f"timestep {shown(timestep.flatten())} is not one of the {len(self.host)} of `set_timesteps`: pass one of "
+                f"timestep {shown(timestep.flatten())} is not one of the {len(self.host)} of `set_timesteps`: pass "
+                "one of "
                 "`scheduler.timesteps`, or choose your own with `set_timesteps(timesteps=...)`."
             )
 
-    # --- their coefficients -------------------------------------------------------------------------------------------
+    # --- their coefficients ------------------------------------------------------------------------------------------
 
     def _of_all_steps(self) -> StepCoefficients:
         log_snrs = self.own_log_snrs
@@ -229,8 +239,10 @@ class SamplingGrid:
         entries = self.timeline.entries
         if self.settings.prediction_type in ("epsilon", "score") and entries is not None and entries[-1] == -math.inf:
             raise ValueError(
-                f"the step{where} is undefined: at zero terminal SNR a prediction of type {self.settings.prediction_type!r} says "
-                "nothing about the data. Use a model that predicts v, flow or the sample, or timesteps that leave T - 1 out."
+                f"the step{where} is undefined: at zero terminal SNR a prediction of type "
+                f"{self.settings.prediction_type!r} says "
+                "nothing about the data. Use a model that predicts v, flow or the sample, or timesteps that leave T - "
+                "1 out."
             )
         raise ValueError(f"the step{where} is undefined: its coefficients are not finite. Check the betas.")
 

@@ -1,7 +1,7 @@
 """One sampling step: x_hat from the network's output, the mean of p(z_s | z_t), and the noise.
 
-Twice: with coefficients that are numbers, one timestep for the whole batch, which is what a sampling loop does and costs least; and
-with coefficients that are tensors, for one timestep for each sample and under torch.compile.
+Twice: with coefficients that are numbers, one timestep for the whole batch, which is what a sampling loop does and
+costs least; and with coefficients that are tensors, for one timestep for each sample and under torch.compile.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def step_together(
     *,
     wants_x_hat: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(z_s, x_hat) of a step whose coefficients are numbers: no tensor of them exists, so nothing is copied, cast or waited for.
+    """(z_s, x_hat) of a step whose coefficients are numbers: no tensor of them exists, so nothing is copied, cast or
+    waited for.
 
     With wants_x_hat=False the second may be the network's output instead, where nothing needs x_hat.
     """
@@ -81,7 +82,9 @@ def step_each(
     sample: Tensor,
     generator: Generators,
 ) -> tuple[Tensor, Tensor]:
-    """(z_s, x_hat) of a step whose coefficients are tensors: `timestep` has one for each sample, or torch.compile traces."""
+    """(z_s, x_hat) of a step whose coefficients are tensors: `timestep` has one for each sample, or torch.compile
+    traces.
+    """
     if not isinstance(timestep, Tensor):
         timestep = torch.full((), timestep, device=sample.device)
     several = timestep.numel() > 1
@@ -140,7 +143,8 @@ def split_output(grid: SamplingGrid, model_output: Tensor, sample: Tensor) -> tu
         if grid.learned:
             raise ValueError(
                 f"`variance_type={variance_type!r}` needs a model with twice the sample's channels, got "
-                f"{tuple(model_output.shape)} for both. If the model has no variances, set variance_type='fixed_small'."
+                f"{tuple(model_output.shape)} for both. If the model has no variances, set "
+                "variance_type='fixed_small'."
             )
         return model_output, None
     doubled = sample.ndim > 1 and model_output.shape == (sample.shape[0], 2 * sample.shape[1], *sample.shape[2:])
@@ -172,7 +176,9 @@ def thresholded(sample: Tensor, ratio: float, max_value: float) -> Tensor:
 
 
 def learned_deviation(predicted: Tensor, low: Tensor | float, high: Tensor | float, settings: StepSettings) -> Tensor:
-    """The standard deviation that a network predicts, between two log-variances: the root of the exponential of its own."""
+    """The standard deviation that a network predicts, between two log-variances: the root of the exponential of its
+    own.
+    """
     predicted = predicted.to(compute_dtype(predicted))
     if settings.variance_type == "learned":
         return torch.exp(predicted / 2)

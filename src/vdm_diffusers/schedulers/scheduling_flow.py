@@ -1,4 +1,6 @@
-"""VDMFlowScheduler: FlowMatchEulerDiscreteScheduler's interface and samples, with the exact posterior of the flow path behind it."""
+"""VDMFlowScheduler: FlowMatchEulerDiscreteScheduler's interface and samples, with the exact posterior of the flow
+path behind it.
+"""
 
 from __future__ import annotations
 
@@ -51,32 +53,37 @@ class VDMFlowSchedulerOutput(BaseOutput):
 class VDMFlowScheduler(SchedulerMixin, ConfigMixin):
     r"""Samples flow-matching models, z = (1 - sigma) x + sigma eps, whose network is fed T sigma and predicts eps - x.
 
-    Takes every configuration of `FlowMatchEulerDiscreteScheduler` (`VDMFlowScheduler.from_config(pipe.scheduler.config)`), and gives its
-    samples by default. Coefficients are made in float64 once for each grid. A flow is the variance-preserving path with its latents
-    rescaled, so that everything exact there is exact here:
+    Takes every configuration of `FlowMatchEulerDiscreteScheduler`
+    (`VDMFlowScheduler.from_config(pipe.scheduler.config)`), and gives its samples by default. Coefficients are made in
+    float64 once for each grid. A flow is the variance-preserving path with its latents rescaled, so that everything
+    exact there is exact here:
 
-        z_s = (sigma_s / sigma_t) r z_t + (1 - sigma_s) (1 - q r) x_hat + eta sqrt(variance) eps,    see `schedulers.updates`.
+        z_s = (sigma_s / sigma_t) r z_t + (1 - sigma_s) (1 - q r) x_hat + eta sqrt(variance) eps,    see
+        `schedulers.updates`.
 
     Arguments:
-        num_train_timesteps: T. shift: of the sigmas, static. use_dynamic_shifting, time_shift_type: shift by `mu` of `set_timesteps`.
+        num_train_timesteps: T. shift: of the sigmas, static. use_dynamic_shifting, time_shift_type: shift by `mu` of
+            `set_timesteps`.
         base_shift, max_shift, base_image_seq_len, max_image_seq_len: read by pipelines, which compute `mu` from them.
         invert_sigmas: the model's time is 1 - sigma and it predicts x - eps (Mochi).
         shift_terminal, use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas: see `schedulers.flow_sigmas`.
         stochastic_sampling: all noise is drawn anew in each step; the same as stochasticity=inf.
         stochasticity: 0, the default, is Euler's step, which is DDIM's here; 1 is ancestral, a draw of the posterior
             q(z_s | z_t, x_hat); in between and above as in `VDMScheduler`.
-        multistep_order: 2 is the two-step update of Adams and Bashforth: the velocity is extrapolated in sigma, in which a flow is nearly
-            straight. (DPM-Solver++'s 2M extrapolates x_hat in log SNR, where the usual grids end in one very long step: it is used for
-            models that predict something else than the velocity.)
+        multistep_order: 2 is the two-step update of Adams and Bashforth: the velocity is extrapolated in sigma, in
+            which a flow is nearly straight. (DPM-Solver++'s 2M extrapolates x_hat in log SNR, where the usual grids
+            end in one very long step: it is used for models that predict something else than the velocity.)
         prediction_type: what the model predicts. Flow models predict "flow_prediction".
         variance_type: "fixed_small", or "optimal", which needs `optimal_variance` and stochasticity.
         optimal_variance: what `estimate_optimal_variance` returns.
-        step_grid: None or "time" places steps as Diffusers does; "log_snr" evenly in log SNR, "optimal" for the smallest bound.
+        step_grid: None or "time" places steps as Diffusers does; "log_snr" evenly in log SNR, "optimal" for the
+            smallest bound.
 
     Raises:
         ValueError: values out of range; several spacings at once; "optimal" without `optimal_variance`.
 
-    Source: Liu et al. 2022, "Flow Straight and Fast"; Lipman et al. 2023, "Flow Matching"; Esser et al. 2024; Lu et al. 2022.
+    Source: Liu et al. 2022, "Flow Straight and Fast"; Lipman et al. 2023, "Flow Matching"; Esser et al. 2024; Lu et
+    al. 2022.
     """
 
     __module__ = "vdm_diffusers"
@@ -126,7 +133,8 @@ class VDMFlowScheduler(SchedulerMixin, ConfigMixin):
     def from_config(
         cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """A scheduler with this config, which any flow scheduler of Diffusers may have written: `vdm_diffusers.schedulers.adoption`.
+        """A scheduler with this config, which any flow scheduler of Diffusers may have written:
+        `vdm_diffusers.schedulers.adoption`.
 
         Raises:
             ValueError: the config is of a model on another path, or with another time; names the class to use.
@@ -135,7 +143,7 @@ class VDMFlowScheduler(SchedulerMixin, ConfigMixin):
             config = adopted_flow(config, cls.__name__)
         return super().from_config(cast("dict[str, Any]", config), return_unused_kwargs, **kwargs)
 
-    # --- the steps ----------------------------------------------------------------------------------------------------
+    # --- the steps ---------------------------------------------------------------------------------------------------
 
     @property
     def timeline(self) -> FlowTimeline:
@@ -190,7 +198,8 @@ class VDMFlowScheduler(SchedulerMixin, ConfigMixin):
             device: where `timesteps` and `sigmas` go.
             sigmas: the sigmas themselves, descending in (0, 1], before the shift.
             mu: of the dynamic shift.
-            timesteps: what the network is fed. Without `sigmas`, sigma is timesteps / T, shifted; with both, each is as given.
+            timesteps: what the network is fed. Without `sigmas`, sigma is timesteps / T, shifted; with both, each is
+                as given.
         Raises:
             ValueError: see `flow_sigmas.place_sigmas`; a step grid that needs what is not there.
         """
@@ -293,14 +302,15 @@ class VDMFlowScheduler(SchedulerMixin, ConfigMixin):
         found = (schedule == torch.as_tensor(timestep, device=schedule.device)).nonzero()
         if not len(found):
             raise ValueError(
-                f"timestep {float(timestep):g} is not one of the {len(schedule)} of `set_timesteps`: pass one of `scheduler.timesteps`."
+                f"timestep {float(timestep):g} is not one of the {len(schedule)} of `set_timesteps`: pass one of "
+                "`scheduler.timesteps`."
             )
         return int(found[min(1, len(found) - 1)])
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
-    # --- the step -----------------------------------------------------------------------------------------------------
+    # --- the step ----------------------------------------------------------------------------------------------------
 
     def step(
         self,
@@ -317,16 +327,18 @@ class VDMFlowScheduler(SchedulerMixin, ConfigMixin):
     ) -> VDMFlowSchedulerOutput | tuple[Tensor]:
         """One step of the sampler: from the sample at `timesteps[i]` to the one at the next sigma.
 
-        i is counted from the first step on, which `set_begin_index` or the timestep places. No timestep on a device is read.
+        i is counted from the first step on, which `set_begin_index` or the timestep places. No timestep on a device is
+        read.
 
         Arguments:
             model_output: (B, ...) the model's prediction, of the sample's shape.
             timestep: one of `timesteps`.
             sample: (B, ...) the noisy sample that the model saw.
-            s_churn, s_tmin, s_tmax, s_noise: taken for the peer's sake, which does nothing with them either. See `stochasticity`.
+            s_churn, s_tmin, s_tmax, s_noise: taken for the peer's sake, which does nothing with them either. See
+                `stochasticity`.
             generator: one, or a list of B.
-            per_token_timesteps: (B, L) what the network was fed for each token of samples (B, L, C): each goes to the next smaller sigma
-                of the grid. Pipelines then pass the negative prediction, as the peer expects.
+            per_token_timesteps: (B, L) what the network was fed for each token of samples (B, L, C): each goes to the
+                next smaller sigma of the grid. Pipelines then pass the negative prediction, as the peer expects.
             return_dict: False gives the tuple (prev_sample,).
         Returns:
             prev_sample in the model output's dtype (float64 where the sample is), for the next call of the model.
@@ -337,7 +349,8 @@ class VDMFlowScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("`timestep` must be one of `scheduler.timesteps`, not its index in them.")
         if model_output.shape != sample.shape:
             raise ValueError(
-                f"`model_output` must have the shape of `sample`, {tuple(sample.shape)}, got {tuple(model_output.shape)}."
+                f"`model_output` must have the shape of `sample`, {tuple(sample.shape)}, got "
+                f"{tuple(model_output.shape)}."
             )
         if per_token_timesteps is not None:
             prev_sample = self._step_by_token(model_output, per_token_timesteps, sample, generator)
@@ -369,7 +382,7 @@ class VDMFlowScheduler(SchedulerMixin, ConfigMixin):
         mean = expand_to(c.z, z) * z + expand_to(c.x, z) * x_hat
         return torch.where(still, z, mean + expand_to(deviation, z) * noise)
 
-    # --- the exact maths as methods -----------------------------------------------------------------------------------
+    # --- the exact maths as methods ----------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
         """Nothing: the model is fed the sample itself. Here for interchange with schedulers that scale."""
@@ -379,8 +392,8 @@ class VDMFlowScheduler(SchedulerMixin, ConfigMixin):
         """z = (1 - sigma) sample + sigma noise, for training and for image-to-image.
 
         Arguments:
-            sample, noise: (B, ...). timestep: (B,) or one. As the peer has it, a run that has begun uses its own place instead.
-                A timestep off the grid is taken as T sigma.
+            sample, noise: (B, ...). timestep: (B,) or one. As the peer has it, a run that has begun uses its own place
+                instead. A timestep off the grid is taken as T sigma.
         Raises:
             ValueError: no noise.
         """
@@ -470,5 +483,6 @@ def _check(config: Mapping[str, Any]) -> None:
     needs_table = config["variance_type"] == "optimal" or config["step_grid"] == "optimal"
     if needs_table and config["optimal_variance"] is None:
         raise ValueError(
-            "variance_type='optimal' and step_grid='optimal' need `optimal_variance`: pass what estimate_optimal_variance(...) returns."
+            "variance_type='optimal' and step_grid='optimal' need `optimal_variance`: pass what "
+            "estimate_optimal_variance(...) returns."
         )

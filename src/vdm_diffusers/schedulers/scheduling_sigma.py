@@ -30,11 +30,13 @@ class VDMSigmaScheduler(SchedulerMixin, ConfigMixin):
     r"""Samples EDM's models, z = x + sigma eps, whose network is preconditioned and fed ln(sigma) / 4.
 
     Takes every configuration of `EDMEulerScheduler` and `EDMDPMSolverMultistepScheduler`
-    (`VDMSigmaScheduler.from_config(pipe.scheduler.config)`). The network's input is c_in z, which `scale_model_input` computes, and
-    x_hat = c_skip z + c_out y, see `timelines.SigmaTimeline`. Coefficients are made in float64 once for each grid.
+    (`VDMSigmaScheduler.from_config(pipe.scheduler.config)`). The network's input is c_in z, which `scale_model_input`
+    computes, and x_hat = c_skip z + c_out y, see `timelines.SigmaTimeline`. Coefficients are made in float64 once for
+    each grid.
 
     Arguments:
-        sigma_min, sigma_max, sigma_data, sigma_schedule, rho, final_sigmas_type, num_train_timesteps: as in `EDMEulerScheduler`.
+        sigma_min, sigma_max, sigma_data, sigma_schedule, rho, final_sigmas_type, num_train_timesteps: as in
+        `EDMEulerScheduler`.
         prediction_type: "epsilon" or "v_prediction", the sign of c_out: both are EDM's preconditioned output.
         stochasticity: 0 is Euler's step in sigma, the default; 1 is ancestral; see `VDMScheduler`.
         multistep_order: 2 is the second-order multistep update of `EDMDPMSolverMultistepScheduler`.
@@ -80,7 +82,8 @@ class VDMSigmaScheduler(SchedulerMixin, ConfigMixin):
     def from_config(
         cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """A scheduler with this config, which either of EDM's schedulers may have written: `vdm_diffusers.schedulers.adoption`.
+        """A scheduler with this config, which either of EDM's schedulers may have written:
+        `vdm_diffusers.schedulers.adoption`.
 
         Raises:
             ValueError: the config is of another kind of model; names the class to use.
@@ -115,7 +118,7 @@ class VDMSigmaScheduler(SchedulerMixin, ConfigMixin):
         """What the network is fed at `log_snr`, float64."""
         return self.timeline.timestep(log_snr)
 
-    # --- the steps ----------------------------------------------------------------------------------------------------
+    # --- the steps ---------------------------------------------------------------------------------------------------
 
     def _spaced(self, ramp: Tensor) -> Tensor:
         """Sigmas at places of [0, 1], from sigma_max to sigma_min."""
@@ -218,7 +221,7 @@ class VDMSigmaScheduler(SchedulerMixin, ConfigMixin):
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
-    # --- the step -----------------------------------------------------------------------------------------------------
+    # --- the step ----------------------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor) -> Tensor:
         """c_in z, what the network is fed at this step, or, between the steps of the grid, at any other timestep."""
@@ -263,7 +266,8 @@ class VDMSigmaScheduler(SchedulerMixin, ConfigMixin):
             model_output: (B, ...) the network's output at `scale_model_input(sample, timestep)`.
             timestep: one of `timesteps`, which places the first step; the others are counted.
             sample: (B, ...) z, not scaled.
-            s_churn, s_tmin, s_tmax, s_noise: Karras et al.'s noise, added as the peer adds it: after the network has been evaluated.
+            s_churn, s_tmin, s_tmax, s_noise: Karras et al.'s noise, added as the peer adds it: after the network has
+                been evaluated.
             generator: one, or a list of B.
             return_dict: False gives the tuple (prev_sample, pred_original_sample).
         Returns:
@@ -275,7 +279,8 @@ class VDMSigmaScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("`timestep` must be one of `scheduler.timesteps`, not its index in them.")
         if model_output.shape != sample.shape:
             raise ValueError(
-                f"`model_output` must have the shape of `sample`, {tuple(sample.shape)}, got {tuple(model_output.shape)}."
+                f"`model_output` must have the shape of `sample`, {tuple(sample.shape)}, got "
+                f"{tuple(model_output.shape)}."
             )
         dtype = sample.dtype if sample.dtype == torch.float64 else model_output.dtype
         if s_churn > 0:
@@ -306,7 +311,7 @@ class VDMSigmaScheduler(SchedulerMixin, ConfigMixin):
         self._grid.step_index = index + 1
         return torch.lerp(x_hat, z, following / raised), x_hat
 
-    # --- the exact maths as methods -----------------------------------------------------------------------------------
+    # --- the exact maths as methods ----------------------------------------------------------------------------------
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z = x + sigma noise.
@@ -359,10 +364,12 @@ def _check(config: Mapping[str, Any]) -> None:
         raise ValueError(f"`num_train_timesteps` must be an integer in 1..1000000, got {count!r}.")
     if not 0 <= config["stochasticity"] < math.inf:
         raise ValueError(
-            f"`stochasticity` must be a finite number that is not negative (0 deterministic, 1 ancestral), got {config['stochasticity']}."
+            "`stochasticity` must be a finite number that is not negative (0 deterministic, 1 ancestral), got "
+            f"{config['stochasticity']}."
         )
     SigmaTimeline(config["sigma_min"], config["sigma_max"], config["sigma_data"])  # says what is wrong with them
     if "optimal" in (config["variance_type"], config["step_grid"]) and config["optimal_variance"] is None:
         raise ValueError(
-            "variance_type='optimal' and step_grid='optimal' need `optimal_variance`: pass what estimate_optimal_variance(...) returns."
+            "variance_type='optimal' and step_grid='optimal' need `optimal_variance`: pass what "
+            "estimate_optimal_variance(...) returns."
         )

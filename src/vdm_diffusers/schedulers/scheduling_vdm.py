@@ -79,13 +79,14 @@ def _table(name: str, doc: str) -> property:
 
 
 class VDMScheduler(SchedulerMixin, ConfigMixin):
-    r"""Samples Gaussian diffusion models: DDPM's ancestral sampler and its deterministic and multistep relatives, exactly.
+    r"""Samples Gaussian diffusion models: DDPM's ancestral sampler and its deterministic and multistep relatives,
+    exactly.
 
-    Takes every configuration of `DDPMScheduler` (`VDMScheduler.from_config(pipe.scheduler.config)`), and schedules given in
-    log SNR, as "Variational Diffusion Models" (Kingma et al. 2021) uses them, in the timestep coordinate
+    Takes every configuration of `DDPMScheduler` (`VDMScheduler.from_config(pipe.scheduler.config)`), and schedules
+    given in log SNR, as "Variational Diffusion Models" (Kingma et al. 2021) uses them, in the timestep coordinate
 
-        beta tables        timestep i in 0..T-1 is x_{i+1}, fractions are linear in log SNR in between, -1 is clean data
-        log-SNR schedules  tau = T (log_snr_max - log_snr) / (log_snr_max - log_snr_min) - 1, and -1 is z_0
+        beta tables        timestep i in 0..T-1 is x_{i+1}, fractions are linear in log SNR in between, -1 is clean
+        data log-SNR schedules  tau = T (log_snr_max - log_snr) / (log_snr_max - log_snr_min) - 1, and -1 is z_0
 
     All coefficients are made in float64 on the CPU, once for each grid of timesteps, from log SNR alone.
 
@@ -94,29 +95,33 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         clip_sample_range, sample_max_value, steps_offset, rescale_betas_zero_snr: as in `DDPMScheduler`.
         beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "exp", or in log SNR
             "log_snr_linear", "log_snr_cosine".
-        variance_type: "fixed_small", "fixed_large" (and their synonyms "..._log"), "learned" (the model's further channels
-            are log-variances), "learned_range" (they are in [-1, 1] between the two fixed ones, in logarithms), "optimal"
-            (needs `optimal_variance`). Another value warns and acts as "fixed_small".
+        variance_type: "fixed_small", "fixed_large" (and their synonyms "..._log"), "learned" (the model's further
+            channels are log-variances), "learned_range" (they are in [-1, 1] between the two fixed ones, in
+            logarithms), "optimal" (needs `optimal_variance`). Another value warns and acts as "fixed_small".
         clip_sample: clip the predicted data to +-clip_sample_range in `step`. None: True for betas, False in log SNR.
-        prediction_type: "epsilon", "sample", "v_prediction", "score", "flow_prediction" (on the variance-preserving path).
+        prediction_type: "epsilon", "sample", "v_prediction", "score", "flow_prediction" (on the variance-preserving
+            path).
         timestep_spacing: "leading", "trailing" or "linspace". None: "leading" for betas, "trailing" in log SNR.
         log_snr_max, log_snr_min: the end points of a log-SNR schedule (ln alpha^2/sigma^2; VDM's gamma is -log_snr).
-        log_snr_table: decreasing log SNRs at equally spaced times from 0 to 1, a learned schedule inside the end points.
-            It places the steps; the timesteps' meaning stays.
-        log_snr_shift: moves the interior of a cosine schedule along the log-SNR axis (Hoogeboom et al. 2023: 2 ln(64/d));
-            the end points stay.
-        stochasticity: 1 is ancestral sampling, 0 deterministic (DDIM); in between DDIM's eta. Above 1 each step forgets more
-            of the noise and draws more anew, with the same marginals, which corrects a network's errors on the way; it takes
-            many steps. Not an argument of `step` called eta, because Diffusers' pipelines pass eta=0.0 unasked to every scheduler that has it.
-        multistep_order: 2 is the second-order multistep update (2M of DPM-Solver++) on the exact log-SNR grid, best with
-            stochasticity=0. Not called solver_order, whose values DPM-Solver configurations carry.
-        optimal_variance: what `estimate_optimal_variance` returns, {"log_snr": [...], "mse": [...]}: E|x - x_hat|^2 / D against log
-            SNR, for variance_type="optimal": posterior variance + (coefficient of x_hat)^2 mse. With "shape": [C, H, W] the mse is
-            given for each channel and radial band of the cosine transform, and the noise has that variance there.
-        step_grid: where `set_timesteps(n)` puts its steps. "time": by `timestep_spacing`; "log_snr": evenly in log SNR; "optimal": by
-            dynamic programming, for the smallest expected bound (needs `optimal_variance`). None: "time", but with
-            variance_type="optimal", which on other grids can make samples worse, "optimal" below `num_train_timesteps` steps and
-            "log_snr" from there on. `evaluate_likelihood` places the steps of a chain by the same rule.
+        log_snr_table: decreasing log SNRs at equally spaced times from 0 to 1, a learned schedule inside the end
+            points. It places the steps; the timesteps' meaning stays.
+        log_snr_shift: moves the interior of a cosine schedule along the log-SNR axis (Hoogeboom et al. 2023: 2
+            ln(64/d)); the end points stay.
+        stochasticity: 1 is ancestral sampling, 0 deterministic (DDIM); in between DDIM's eta. Above 1 each step
+            forgets more of the noise and draws more anew, with the same marginals, which corrects a network's errors
+            on the way; it takes many steps. Not an argument of `step` called eta, because Diffusers' pipelines pass
+            eta=0.0 unasked to every scheduler that has it.
+        multistep_order: 2 is the second-order multistep update (2M of DPM-Solver++) on the exact log-SNR grid, best
+            with stochasticity=0. Not called solver_order, whose values DPM-Solver configurations carry.
+        optimal_variance: what `estimate_optimal_variance` returns, {"log_snr": [...], "mse": [...]}: E|x - x_hat|^2 /
+            D against log SNR, for variance_type="optimal": posterior variance + (coefficient of x_hat)^2 mse. With
+            "shape": [C, H, W] the mse is given for each channel and radial band of the cosine transform, and the noise
+            has that variance there.
+        step_grid: where `set_timesteps(n)` puts its steps. "time": by `timestep_spacing`; "log_snr": evenly in log
+            SNR; "optimal": by dynamic programming, for the smallest expected bound (needs `optimal_variance`). None:
+            "time", but with variance_type="optimal", which on other grids can make samples worse, "optimal" below
+            `num_train_timesteps` steps and "log_snr" from there on. `evaluate_likelihood` places the steps of a chain
+            by the same rule.
         final_step: what the last step of a log-SNR schedule returns: "latent", a draw of z_0, or "mean", x_hat. A beta
             table always ends at clean data.
 
@@ -167,7 +172,8 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             config["clip_sample"] = not self.is_log_snr_schedule
         if config["timestep_spacing"] is None:
             config["timestep_spacing"] = "trailing" if self.is_log_snr_schedule else "leading"
-        # The class name in the live config tells Diffusers whose keys these are, so that other schedulers take it silently.
+        # The class name in the live config tells Diffusers whose keys these are, so that other schedulers take it
+        # silently.
         self.register_to_config(**config, **unset, _class_name=type(self).__name__)
         check_config(self.config)
         self.init_noise_sigma = 1.0
@@ -178,10 +184,12 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
     def from_config(
         cls, config: Mapping[str, Any] | None = None, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """A scheduler with this config, which any of Diffusers' schedulers may have written: `vdm_diffusers.schedulers.adoption`.
+        """A scheduler with this config, which any of Diffusers' schedulers may have written:
+        `vdm_diffusers.schedulers.adoption`.
 
         Raises:
-            ValueError: the config is of a model on another path, in sigma space or with other timesteps; names the class to use.
+            ValueError: the config is of a model on another path, in sigma space or with other timesteps; names the
+                class to use.
         """
         if isinstance(config, Mapping):
             config = adopted(config, cls)
@@ -191,7 +199,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             scheduler._latest = None
         return made
 
-    # --- the schedule -------------------------------------------------------------------------------------------------
+    # --- the schedule ------------------------------------------------------------------------------------------------
 
     @on_cpu
     def _use_timeline(self, timeline: Timeline) -> None:
@@ -228,7 +236,8 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         """Take the betas that were assigned, and put them into the config, with which they are saved."""
         if self.is_log_snr_schedule:
             raise ValueError(
-                f"`betas`, `alphas` and `alphas_cumprod` of a schedule in log SNR ({self.config.beta_schedule}) follow from it and "
+                f"`betas`, `alphas` and `alphas_cumprod` of a schedule in log SNR ({self.config.beta_schedule}) "
+                "follow from it and "
                 "cannot be assigned. Make a VDMScheduler(trained_betas=...), or start from `scheduler.as_discrete()`."
             )
         new = {"trained_betas": betas.tolist(), "num_train_timesteps": len(betas), "rescale_betas_zero_snr": False}
@@ -251,11 +260,14 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
-        """The schedule as a function log_snr(t) of time t in [0, 1]; a beta table's entry i lies at t = i / (T - 1)."""
+        """The schedule as a function log_snr(t) of time t in [0, 1]; a beta table's entry i lies at t = i / (T -
+        1).
+        """
         return self.timeline.noise_schedule
 
     def log_snr(self, timesteps: Tensor | Sequence[float] | float) -> Tensor:
-        """Log SNR at `timesteps` of any shape, whole or fractional, float64. -1: +inf for betas, log_snr_max in log SNR.
+        """Log SNR at `timesteps` of any shape, whole or fractional, float64. -1: +inf for betas, log_snr_max in log
+        SNR.
 
         Raises:
             ValueError: a timestep on the CPU outside the schedule.
@@ -275,13 +287,14 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
     def as_discrete(self) -> VDMScheduler:
         """This schedule as a plain table of `num_train_timesteps` betas, whose timesteps mean the same to the network.
 
-        After it any Diffusers sampler serves the model: `DPMSolverMultistepScheduler.from_config(s.as_discrete().config)`.
-        Diffusers rounds 1 - beta to float32 and takes the product: each beta is chosen so that the rounded product stays next
-        to the exact one (error feedback). What is left is Diffusers' rounding of alpha_bar itself, an error in log SNR of some
-        2^-25 e^log_snr: 0.015 at log SNR 13.3, where betas as they come give 0.18. This class reads the table to 0.009.
+        After it any Diffusers sampler serves the model:
+        `DPMSolverMultistepScheduler.from_config(s.as_discrete().config)`. Diffusers rounds 1 - beta to float32 and
+        takes the product: each beta is chosen so that the rounded product stays next to the exact one (error
+        feedback). What is left is Diffusers' rounding of alpha_bar itself, an error in log SNR of some 2^-25
+        e^log_snr: 0.015 at log SNR 13.3, where betas as they come give 0.18. This class reads the table to 0.009.
 
-        A schedule that is a table already is returned as an equal scheduler. The number of timesteps is not free: another one
-        would feed the network other inputs.
+        A schedule that is a table already is returned as an equal scheduler. The number of timesteps is not free:
+        another one would feed the network other inputs.
         """
         if not self.is_log_snr_schedule:
             return type(self).from_config(self.config)
@@ -296,7 +309,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         betas = betas_for_diffusers(alphas_cumprod)
         return type(self)(num_train_timesteps=len(betas), trained_betas=betas, **kept)
 
-    # --- the grid -----------------------------------------------------------------------------------------------------
+    # --- the grid ----------------------------------------------------------------------------------------------------
 
     def _grid(self) -> SamplingGrid:
         """This thread's grid, or else the last that was set, made anew if the config has changed since."""
@@ -343,11 +356,12 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         timesteps: Sequence[float] | Tensor | None = None,
         log_snrs: Sequence[float] | Tensor | None = None,
     ) -> None:
-        """Choose the steps of the sampler, in one of three ways, and make their coefficients. Each thread has a grid of its own.
+        """Choose the steps of the sampler, in one of three ways, and make their coefficients. Each thread has a grid
+        of its own.
 
         Arguments:
-            num_inference_steps: their number, placed as `step_grid` says: by `timestep_spacing`, in a log-SNR schedule uniform in t,
-                or, by default with variance_type="optimal", where they make the bound smallest.
+            num_inference_steps: their number, placed as `step_grid` says: by `timestep_spacing`, in a log-SNR schedule
+                uniform in t, or, by default with variance_type="optimal", where they make the bound smallest.
             device: where `timesteps` goes.
             timesteps: the timesteps themselves, descending, whole or fractional.
             log_snrs: the log SNRs at which the model is evaluated, ascending.
@@ -408,7 +422,9 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         return self._grid().step_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Say at which entry of `timesteps` sampling begins (image-to-image, inpainting), without reading a timestep."""
+        """Say at which entry of `timesteps` sampling begins (image-to-image, inpainting), without reading a
+        timestep.
+        """
         self._grid().begin_index = begin_index
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
@@ -416,13 +432,14 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def previous_timestep(self, timestep: Tensor | float) -> Tensor | float:
-        """Where a step from `timestep` ends: the next entry of the grid if it is on it (-1 after the last), else timestep - 1.
+        """Where a step from `timestep` ends: the next entry of the grid if it is on it (-1 after the last), else
+        timestep - 1.
 
         A number gives a number, a tensor a tensor of its shape, on its device.
         """
         return self._grid().previous(timestep)
 
-    # --- the step -----------------------------------------------------------------------------------------------------
+    # --- the step ----------------------------------------------------------------------------------------------------
 
     def step(
         self,
@@ -435,18 +452,19 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         """One step of the sampler: from the sample at `timestep` to the one at the next timestep of the grid.
 
         Before `set_timesteps` the grid is the whole training chain, and fractional timesteps step down by 1.
-        A timestep on the CPU is looked up; one on another device is never read: it is known by its place in `timesteps`, or,
-        where it is a tensor of its own, by counting from the begin index.
+        A timestep on the CPU is looked up; one on another device is never read: it is known by its place in
+        `timesteps`, or, where it is a tensor of its own, by counting from the begin index.
 
         Arguments:
-            model_output: (B, C, ...) the model's prediction, of type `prediction_type`; (B, 2 C, ...) with learned variances.
+            model_output: (B, C, ...) the model's prediction, of type `prediction_type`; (B, 2 C, ...) with learned
+                variances.
             timestep: a number, a tensor of one element, or one timestep for each sample (B,).
             sample: (B, C, ...) the noisy sample that the model saw.
             generator: one, or a list of B.
             return_dict: False gives the tuple (prev_sample, pred_original_sample).
         Raises:
-            ValueError: shapes that do not fit, a timestep that is not on the grid, or a step that is undefined (epsilon at
-                zero terminal SNR).
+            ValueError: shapes that do not fit, a timestep that is not on the grid, or a step that is undefined
+                (epsilon at zero terminal SNR).
         """
         grid = self._grid()
         output, variance = split_output(grid, model_output, sample)
@@ -473,7 +491,9 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
     def _get_variance(
         self, t: int, predicted_variance: Tensor | None = None, variance_type: str | None = None
     ) -> Tensor:
-        """The variance (never its root or logarithm) of the noise of the step at timestep t, for pipelines that ask for it."""
+        """The variance (never its root or logarithm) of the noise of the step at timestep t, for pipelines that ask
+        for it.
+        """
         grid, timestep = self._grid(), as_float64(t).cpu()
         log_snr = self.log_snr(timestep)
         step = reverse_coefficients(log_snr, self.log_snr(grid.previous(timestep)))
@@ -486,7 +506,7 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
             return torch.exp(low + (predicted_variance + 1) / 2 * (step.forward_variance.log() - low))
         return fixed_variance(variance_type, log_snr, step, grid.settings.optimal)
 
-    # --- the exact maths as methods -----------------------------------------------------------------------------------
+    # --- the exact maths as methods ----------------------------------------------------------------------------------
 
     def posterior_mean_variance(
         self,
@@ -495,7 +515,8 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         timestep: Tensor | float,
         prev_timestep: Tensor | float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """q(z_s | z_t, x) = N(mean, variance I): its mean, of the sample's shape, and its variance, float64, of timestep's.
+        """q(z_s | z_t, x) = N(mean, variance I): its mean, of the sample's shape, and its variance, float64, of
+        timestep's.
 
         Arguments:
             sample: (B, ...) z_t. pred_original_sample: (B, ...) x.
@@ -521,14 +542,16 @@ class VDMScheduler(SchedulerMixin, ConfigMixin):
         """z_t = alpha_t x + sigma_t noise, for training and for image-to-image.
 
         Arguments:
-            original_samples, noise: (B, ...), or (1, ...) for all. timesteps: one for each sample (B,), or one for all; whole or
-                fractional.
+            original_samples, noise: (B, ...), or (1, ...) for all. timesteps: one for each sample (B,), or one for
+                all; whole or fractional.
         """
         alpha, sigma, x, noise = self._at(timesteps, original_samples, noise)
         return linear_combination(alpha, x, sigma, noise)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor | float) -> Tensor:
-        """v = alpha_t noise - sigma_t x, what a network with prediction_type="v_prediction" is trained on; see `add_noise`."""
+        """v = alpha_t noise - sigma_t x, what a network with prediction_type="v_prediction" is trained on; see
+        `add_noise`.
+        """
         alpha, sigma, x, noise = self._at(timesteps, sample, noise)
         return linear_combination(alpha, noise, -sigma, x)
 
@@ -584,7 +607,8 @@ def check_grid(timeline: Timeline, timesteps: Tensor) -> None:
     timeline.check(timesteps)
     if timesteps[-1] <= timeline.terminal_timestep:
         raise ValueError(
-            f"`timesteps` must lie above {timeline.terminal_timestep}, where sampling ends, got {float(timesteps[-1])}."
+            f"`timesteps` must lie above {timeline.terminal_timestep}, where sampling ends, got "
+            f"{float(timesteps[-1])}."
         )
 
 

@@ -4,11 +4,12 @@ Any path, any two times. With c = 1 - SNR_t / SNR_s, q = sqrt(SNR_t / SNR_s) and
 
     z_s = (sigma_s / sigma_t) r z_t + alpha_s (1 - q r) x_hat + eta sqrt(variance) noise,    r = sqrt(1 - eta^2 c).
 
-eta = 1 is the posterior q(z_s | z_t, x_hat) of Ho et al. 2020 and Kingma et al. 2021 (r = q), eta = 0 the deterministic
-step of DDIM, and all of them have the same marginals (Song et al. 2021, "Denoising Diffusion Implicit Models", equation 12).
-So do those above 1, which take out more of the noise in z_t and put in more of their own, as a Langevin corrector does: errors
-of earlier steps are forgotten sooner. At eta = 1/sqrt(c) nothing of z_t's noise is left, and that is where eta stops.
-No difference of near-equal numbers is formed: 1 - q r = c (1 + eta^2 (1 - c)) / (1 + q r).
+eta = 1 is the posterior q(z_s | z_t, x_hat) of Ho et al. 2020 and Kingma et al. 2021 (r = q), eta = 0 the
+deterministic step of DDIM, and all of them have the same marginals (Song et al. 2021, "Denoising Diffusion Implicit
+Models", equation 12). So do those above 1, which take out more of the noise in z_t and put in more of their own, as a
+Langevin corrector does: errors of earlier steps are forgotten sooner. At eta = 1/sqrt(c) nothing of z_t's noise is
+left, and that is where eta stops. No difference of near-equal numbers is formed: 1 - q r = c (1 + eta^2 (1 - c)) / (1
++ q r).
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class ReverseCoefficients(NamedTuple):
 def reverse_coefficients(
     log_snr_t: Tensor, log_snr_s: Tensor, stochasticity: float = 1.0, *, path: Path = "vp"
 ) -> ReverseCoefficients:
-    """The coefficients of the step from t to s. log_snr_s = +inf is clean data, log_snr_t = -inf pure noise (vp, flow).
+    """The coefficients of the step from t to s. log_snr_s = +inf is clean data, log_snr_t = -inf pure noise (vp,
+    flow).
 
     Where no step is defined (both the same infinity, NaN in the schedule) the coefficients are NaN.
     """
@@ -55,8 +57,8 @@ def reverse_coefficients(
 def multistep_weights(log_snrs: Tensor) -> Tensor:
     """k_i of the second-order multistep update on a grid: x_hat is replaced by x_hat_i + k_i (x_hat_i - x_hat_{i-1}).
 
-    x_hat as a function of lambda = log_snr / 2 is extrapolated linearly from the last two evaluations to the middle of the
-    step: k_i = h_i / (2 h_{i-1}), h_i the step in lambda. Zero for the first step and next to infinite ones.
+    x_hat as a function of lambda = log_snr / 2 is extrapolated linearly from the last two evaluations to the middle of
+    the step: k_i = h_i / (2 h_{i-1}), h_i the step in lambda. Zero for the first step and next to infinite ones.
 
     Arguments:
         log_snrs: (n + 1,) ascending log SNRs of the grid and of the end of its last step.
@@ -72,7 +74,8 @@ def multistep_weights(log_snrs: Tensor) -> Tensor:
 def velocity_weights(log_snrs: Tensor) -> Tensor:
     """k_i of the second-order multistep update of a flow's velocity v: v is replaced by v_i + k_i (v_i - v_{i-1}).
 
-    v as a function of sigma is extrapolated linearly to the middle of the step, h_i long: k_i = h_i / (2 h_{i-1}). Zero for the first.
+    v as a function of sigma is extrapolated linearly to the middle of the step, h_i long: k_i = h_i / (2 h_{i-1}).
+    Zero for the first.
 
     Arguments:
         log_snrs: (n + 1,) ascending log SNRs on the flow path, of the grid and of the end of its last step.
@@ -86,10 +89,11 @@ def velocity_weights(log_snrs: Tensor) -> Tensor:
 
 
 def factored(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a z + b y as scale (first + ratio * second) with |ratio| <= 1. Returns (swap, ratio, scale); swap: y comes first.
+    """a z + b y as scale (first + ratio * second) with |ratio| <= 1. Returns (swap, ratio, scale); swap: y comes
+    first.
 
-    One fused multiply-add and one scaling: what cancels does so inside the first kernel, in at least float32 precision even
-    for half-precision tensors, and only a rounding relative to the result is left.
+    One fused multiply-add and one scaling: what cancels does so inside the first kernel, in at least float32 precision
+    even for half-precision tensors, and only a rounding relative to the result is left.
     """
     swap = b.abs() > a.abs()
     large, small = torch.where(swap, b, a), torch.where(swap, a, b)
