@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import train
 from accelerate import Accelerator
-from checkpoints import atomic_folder, list_checkpoints, verify
+from checkpoints import atomic_folder, list_checkpoints, verify, without_nan
 from output_folder import LOCK_FILE, FolderError, RunLock, check_output_dir, set_aside, start_anew
+from run.launch import SetupError, micro_batches
+from run.records import Log
 from stopping import SIGNALS, StopSignal, Terminated
 
 OWN = ("model_index.json", "README.md", "training_arguments.json")
@@ -183,7 +185,7 @@ def test_an_orphan_of_its_launcher_stops(monkeypatch):
 
 def test_json_has_no_nan():
     value = {"a": math.nan, "b": [1.0, -math.inf, {"c": math.nan}], "d": "nan", "e": 3}
-    assert json.loads(json.dumps(train.without_nan(value), allow_nan=False)) == {
+    assert json.loads(json.dumps(without_nan(value), allow_nan=False)) == {
         "a": None,
         "b": [1.0, None, {"c": None}],
         "d": "nan",
@@ -197,10 +199,10 @@ def test_a_global_batch_is_the_same_on_any_number_of_processes(asked, processes,
 
     options = OptimizationArguments(train_batch_size=8, gradient_accumulation_steps=3, global_batch_size=asked)
     if expected is None:
-        with pytest.raises(train.SetupError, match="--global_batch_size 20 must be a multiple"):
-            train.micro_batches(options, processes)
+        with pytest.raises(SetupError, match="--global_batch_size 20 must be a multiple"):
+            micro_batches(options, processes)
     else:
-        assert train.micro_batches(options, processes) == expected
+        assert micro_batches(options, processes) == expected
 
 
 def test_one_image_a_full_log_and_the_manifest_of_the_result(tmp_path, capsys, monkeypatch):
@@ -209,7 +211,7 @@ def test_one_image_a_full_log_and_the_manifest_of_the_result(tmp_path, capsys, m
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    write = train.Log.write
+    write = Log.write
     full = iter([True, True])
 
     def refuse(self, step, values):
@@ -220,7 +222,7 @@ def test_one_image_a_full_log_and_the_manifest_of_the_result(tmp_path, capsys, m
         else:
             write(self, step, values)
 
-    monkeypatch.setattr(train.Log, "write", refuse)
+    monkeypatch.setattr(Log, "write", refuse)
     options = {
         "output_dir": tmp_path / "run",
         "hidden_channels": 8,

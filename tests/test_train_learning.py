@@ -11,6 +11,7 @@ import train
 import yaml
 from accelerate.state import AcceleratorState, GradientState
 from arguments import DiffusionArguments
+from checkpoints import discard
 from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusion import DiffusionTask, Rows, make_scheduler
 from safetensors.torch import load_file
@@ -73,7 +74,7 @@ def test_what_is_learned_about_time_is_resumed_exactly(options, run):
     whole = run("whole", **options)
     halves = run("halves", **options, resume_from_checkpoint="latest")
     for left_over in ("checkpoint-6", "unet", "scheduler"):
-        train.discard(halves / left_over)
+        discard(halves / left_over)
     halves = run("halves", **options, resume_from_checkpoint="latest")
     assert losses_of(halves) == losses_of(whole) and len(losses_of(whole)) == 6
     for name in ("schedule.safetensors", "time_sampler.safetensors"):

@@ -26,7 +26,7 @@ from ema import EMA, ema_decay
 from networks import compile_network, octaves
 from plots import image_grid, plot_loss_by_log_snr
 from randomness import DataOrder, row_noise, seed_for
-from train import SetupError, check_launch, idle_cores, num_train_steps, warmup_steps
+from run.launch import SetupError, check_launch, idle_cores, num_train_steps, warmup_steps
 
 from vdm_diffusers.objectives import OBJECTIVES
 
@@ -301,8 +301,8 @@ def test_fewer_processes_than_asked_for_stop(monkeypatch):
 
 
 def test_idle_cores_are_told(monkeypatch):
-    monkeypatch.setattr("train.os.sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr("train.torch.get_num_threads", lambda: 1)
+    monkeypatch.setattr("run.launch.os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr("run.launch.torch.get_num_threads", lambda: 1)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert "use 2 of 8 cores. Set OMP_NUM_THREADS=4" in idle_cores(SimpleNamespace(num_processes=2, device=CPU))
     assert idle_cores(SimpleNamespace(num_processes=8, device=CPU)) is None

@@ -1,9 +1,11 @@
 """train.py as a whole: the same run however it is divided, interrupted or damaged."""
 
+import dataclasses
 import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +22,9 @@ from accelerate.state import AcceleratorState, GradientState
 from checkpoints import list_checkpoints, required_bytes, verify
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from hub_double import HubDouble
+from run import launch
 from safetensors.torch import load_file
+from stopping import STOP_INTERVAL
 
 from vdm_diffusers import VDMFlowScheduler, VDMPipeline, VDMScheduler, VDMUNet2DModel
 
@@ -293,7 +297,7 @@ def test_a_few_steps_that_are_not_finite_can_be_left_out(unbroken, run, tmp_path
 
     def sometimes_broken(self, model, levels, labels, rows):
         computed = losses(self, model, levels, labels, rows)
-        return train.dataclasses.replace(computed, values=computed.values * (float("nan") if rows.step in bad else 1))
+        return dataclasses.replace(computed, values=computed.values * (float("nan") if rows.step in bad else 1))
 
     monkeypatch.setattr(train.DiffusionTask, "losses", sometimes_broken)
     # allowing it changes nothing where all is well
@@ -321,7 +325,7 @@ def test_a_few_steps_that_are_not_finite_can_be_left_out(unbroken, run, tmp_path
 
 def test_too_small_a_disk_is_told_before_the_first_step(run, tmp_path, monkeypatch, capsys):
     usage = type("usage", (), {"free": 10_000})
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert run(tmp_path / "run") == 2
     said = capsys.readouterr().err
     assert "the checkpoints need about" in said
@@ -426,7 +430,7 @@ def test_the_hub_is_asked_before_the_first_step(run, tmp_path, monkeypatch, caps
         asked.append((name, options))
         raise PermissionError("nobody is logged in")
 
-    monkeypatch.setattr(train, "check_hub_access", no_login)
+    monkeypatch.setattr(launch, "check_hub_access", no_login)
     monkeypatch.setattr(train.Training, "optimizer_step", lambda self: pytest.fail("a step was taken"))
     options = {"push_to_hub": True, "hub_model_id": "me/model", "hub_private_repo": True, "hub_token": "hf_secret"}
     assert run(tmp_path / "run", **options) == 2
@@ -548,7 +552,7 @@ def test_processes_agree_to_stop(recipe, tmp_path):
     launched.terminate()
     launched.wait(timeout=300)
     (stopped,) = list_checkpoints(output_dir)
-    assert int(stopped.name.split("-")[1]) % train.STOP_INTERVAL == 0
+    assert int(stopped.name.split("-")[1]) % STOP_INTERVAL == 0
     verify(stopped)
 
 

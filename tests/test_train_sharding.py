@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from checkpoints import list_checkpoints
 from ema import EMA
+from run import setup
 from safetensors.torch import load_file
 from sharding import Sharding, _units, gathered, requested_sharding
 from zero import requested_zero
@@ -206,7 +207,7 @@ def test_a_deepspeed_file_keeps_what_is_not_an_argument_of_the_script(monkeypatc
 def test_options_that_deepspeed_does_not_go_with_are_refused(monkeypatch, recipe, tmp_path, capsys, option, said):
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    monkeypatch.setattr(train, "requested_zero", lambda accelerator: {"zero_optimization": {"stage": 2}})
+    monkeypatch.setattr(setup, "requested_zero", lambda accelerator: {"zero_optimization": {"stage": 2}})
     assert train.main([f"--config={recipe}", f"--output_dir={tmp_path / 'run'}", option]) == 2
     assert said in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 import io
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import datasets
@@ -18,8 +19,8 @@ from data import DataError, load_split
 from data.storage import keeps_on_disk, mapped_images
 from data.streaming import ImageStream, first_images
 from randomness import DataOrder
+from run.records import Batches
 from safetensors.torch import load_file
-from train import Batches
 
 NUM_IMAGES = 37
 
@@ -191,7 +192,7 @@ def test_batches_gathered_ahead_are_the_batches(args):
     plain = Batches(images, DataOrder(NUM_IMAGES, 0), torch.device("cpu"))
     ahead = Batches(images, DataOrder(NUM_IMAGES, 0), torch.device("cpu"))
     assert plain.thread is None
-    ahead.thread = train.ThreadPoolExecutor(1)  # as on a GPU
+    ahead.thread = ThreadPoolExecutor(1)  # as on a GPU
     gathered, calls = ahead.gather, []
     ahead.gather = lambda *place: calls.append(place) or gathered(*place)
     places = [*range(0, 40, 4), 100, 104, 8, 12, 16]

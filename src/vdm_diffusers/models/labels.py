@@ -19,7 +19,8 @@ def num_classes(model: Any) -> int | None:
     config = getattr(model, "config", None)
     if config is None:
         return None
-    config = config.get("unet_config", config.get("network_config", config))
+    for inner in ("network_config", "unet_config"):  # a wrapper's, which may hold a wrapper's
+        config = config.get(inner, config)
     return config.get("num_class_embeds", config.get("num_embeds_ada_norm"))
 
 
