@@ -79,6 +79,7 @@ class Changes:
         if len(mine):
             labels = labels_to_evaluate(new.unet, images)
             learned = str(new.scheduler.config.variance_type).startswith("learned")
+            given: dict[str, Any] = {} if labels is None else {"class_labels": labels[mine]}
             report = compare_likelihood(
                 new,
                 old,
@@ -88,7 +89,7 @@ class Changes:
                 batch_size=self.batch_size,
                 generator=generator_for(self.seed, "changes", self.process_index),
                 progress_bar=False,
-                **({} if labels is None else {"class_labels": labels[mine]}),
+                **given,
             )
             parts.append((report.difference, report.standard_error, len(mine)))
         if self.num_processes > 1:

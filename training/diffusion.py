@@ -174,6 +174,7 @@ class DiffusionTask:
         z_t = diffuse(x, noise, times.log_snr, path=self.path)
         conditioning = {}
         if self.num_classes is not None:
+            assert self.dropped_label is not None  # it is `num_classes` where nothing else was said
             if labels is None:
                 labels = torch.full((rows.count,), self.dropped_label)
             labels = labels.to(self.device, non_blocking=True)
@@ -207,7 +208,10 @@ class DiffusionTask:
     def _variance_bound(self, output: Tensor, x: Tensor, noise: Tensor, levels: Tensor, times: Times) -> Tensor:
         """(count,) nats: the bound of each row's step as a function of the predicted variance."""
         assert times.step is not None
-        kinds = {"prediction_type": self.args.prediction_type, "variance_type": self.args.variance_type}
+        kinds: dict[str, Any] = {
+            "prediction_type": self.args.prediction_type,
+            "variance_type": self.args.variance_type,
+        }
         if self.scheduler.timeline.entries is None:
             log_snr_s = self.schedule.log_snr((times.step - 1) / self.args.ddpm_num_steps)
             return variance_bound(output, x, noise, log_snr_s, times.log_snr, **kinds)
@@ -219,7 +223,7 @@ class DiffusionTask:
             here = rows.to(x.device)
             if bool(first[rows[0]]):
                 ends = self.scheduler.log_snr(torch.tensor([0.0, 1.0]))
-                data = {"num_levels": self.num_levels, "pixel_encoding": self.args.pixel_encoding}
+                data: dict[str, Any] = {"num_levels": self.num_levels, "pixel_encoding": self.args.pixel_encoding}
                 terms = decoder_bound(
                     output[here], x[here], noise[here], levels[here].long(), ends[0], ends[1], **kinds, **data
                 )

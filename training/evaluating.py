@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from vdm_diffusers import VDMPipeline, VDMScheduler, VDMUNet2DModel, evaluate_likelihood, fit_analytic_start
 from vdm_diffusers.decoders import encode_pixels
 from vdm_diffusers.elbo import squared_error
+from vdm_diffusers.evaluation import Method
 from vdm_diffusers.evaluation.adapters import Predictor
 from vdm_diffusers.gaussian import diffuse
 from vdm_diffusers.likelihood import LikelihoodReport
@@ -37,7 +38,7 @@ def bits_per_dim(
     seed: int,
     num_samples: int,
     batch_size: int,
-    method: str | None = None,
+    method: Method | None = None,
     num_steps: int | None = None,
     options: dict[str, Any] | None = None,
     progress_bar: bool = False,
@@ -138,8 +139,8 @@ def loss_by_log_snr(
     highest, lowest = schedule.log_snr_max, max(schedule.log_snr_min, -20.0)  # below, nothing is left to predict
     width = (highest - lowest) / num_points
     labels = labels_to_evaluate(pipeline.unet, images)
-    if labels is None and default_label(pipeline.unet) is not None:
-        labels = torch.full((len(images),), default_label(pipeline.unet))
+    if labels is None and (own := default_label(pipeline.unet)) is not None:
+        labels = torch.full((len(images),), own)
     predict = Predictor(pipeline.unet, scheduler, device, labels, {}, len(images))
     source = scheduler.timeline.on_vp(torch.zeros(1).double(), scheduler.config.prediction_type)[0]
     points = []
@@ -185,14 +186,14 @@ def draw_samples(
     for start in range(0, num_images, batch_size):
         count = min(batch_size, num_images - start)
         labels = None if num_classes is None else (torch.arange(start, start + count) % num_classes)
-        images = pipeline(
+        output: Any = pipeline(
             batch_size=count,
             num_inference_steps=num_inference_steps,
             class_labels=labels,
             generator=generator_for(seed, "samples", start),
             output_type="pt",
-        ).images
-        drawn.append((images.cpu() * (pipeline.config.num_levels - 1)).round().long())
+        )
+        drawn.append((output.images.cpu() * (pipeline.config.num_levels - 1)).round().long())
     return torch.cat(drawn)
 
 

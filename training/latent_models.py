@@ -55,7 +55,7 @@ class BoundModel(nn.Module):
     ) -> None:
         super().__init__()
         self.vae, self.unet = vae, unet
-        self.pipeline = None if unet is None else LatentVDMPipeline(vae, unet, scheduler, **pipeline_config)
+        self.pipeline: Any = None if unet is None else LatentVDMPipeline(vae, unet, scheduler, **pipeline_config)
         for part in vae.children():  # under autocast the networks alone are in half precision, not the likelihoods
             for network in part.values() if isinstance(part, nn.ModuleDict) else [part]:
                 network.register_forward_hook(_in_full)
@@ -264,7 +264,7 @@ def latent_report(
     samples.
     """
     device = next((model.vae if isinstance(model, LatentVDMPipeline) else model).parameters()).device
-    tighter = {}
+    tighter: dict[str, Any] = {}
     if importance_samples > 1:
         if isinstance(model, LatentVDMPipeline):
             raise ValueError(

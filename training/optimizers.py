@@ -140,12 +140,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
             if not rows:
                 continue
             reached = [stack[i] for i in rows]
-            gradient = torch.stack([parameter.grad.flatten(1) for parameter in reached])
+            gradient = torch.stack([g.flatten(1) for parameter in reached if (g := parameter.grad) is not None])
             momentum = buffer if len(rows) == len(stack) else buffer[rows]
             momentum.lerp_(gradient, 1 - self.momentum)
             if momentum is not buffer:
                 buffer[rows] = momentum
-            torch._foreach_mul_(reached, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_mul_(list[Tensor](reached), 1 - group["lr"] * group["weight_decay"])
             update = orthogonalize(gradient.lerp_(momentum, self.momentum))  # Nesterov's momentum
             scale = -group["lr"] * 0.2 * math.sqrt(max(update.shape[1:]))
             for parameter, matrix in zip(reached, update, strict=True):

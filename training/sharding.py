@@ -126,7 +126,10 @@ def in_precision(network: nn.Module, accelerator: Accelerator) -> Callable[..., 
 
 def local(tensor: Tensor) -> Tensor:
     """This process's share of a tensor; the tensor itself where it is whole."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    mine: Any = tensor.detach()
+    return mine.to_local()
 
 
 def whole(tensor: Tensor) -> Tensor:

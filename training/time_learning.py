@@ -6,6 +6,7 @@ Neither, with the default arguments.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -44,7 +45,7 @@ class TimeLearning:
 
     def scheduler(self) -> VDMScheduler | VDMFlowScheduler:
         """The scheduler to save with the model: the schedule as it now is stands in its config."""
-        table = {} if self.schedule is None else {"log_snr_table": self.schedule.table()}
+        table: dict[str, Any] = {} if self.schedule is None else {"log_snr_table": self.schedule.table()}
         return type(self._scheduler).from_config(self._scheduler.config, **table)
 
     def collect(self, accelerator: Accelerator, losses: Losses) -> None:

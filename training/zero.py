@@ -127,7 +127,7 @@ class ZeroEngine:
         lie.
         """
         for index, parameter in enumerate(self.parameters):
-            mapping = parameter._hp_mapping
+            mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
             if mapping is not None:
                 here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
                 yield (

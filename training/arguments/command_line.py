@@ -62,7 +62,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
             was = ", ".join(f"{name} {value}" for name, value in left_out.items())
             notes.append(f"--{given} takes the place of the recipe's data: without its {was}")
     values = recipe | typed
-    arguments = Arguments(*(_group(kind, values) for kind in GROUPS), notes=notes)
+    arguments = Arguments(*(_group(kind, values) for kind in GROUPS), notes=notes)  # type: ignore[misc]
     try:
         for group in arguments.groups:
             check_values(group)

@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .fields import LOG_SNR, NOT_NEGATIVE, POSITIVE, SHARE, Bounds, argument
 from .words import words
 
-# Words of the core: whoever adds one there has it here.
-Likelihood = Literal[words("models.autoencoder_variational", "Likelihood")]
-Objective = Literal[words("objectives", "Objective")]
-PredictionType = Literal[words("prediction", "PredictionType")]
-PixelEncoding = Literal[words("decoders", "PixelEncoding")]
-BetaSchedule = Literal[words("noise_schedules", "LOG_SNR_SCHEDULES") + words("noise_schedules", "BETA_SCHEDULES")]
+if TYPE_CHECKING:
+    from vdm_diffusers.decoders import PixelEncoding
+    from vdm_diffusers.models.autoencoder_variational import Likelihood
+    from vdm_diffusers.objectives import Objective
+    from vdm_diffusers.prediction import PredictionType
+
+    BetaSchedule = str
+else:  # words of the core, read without its seconds of imports: whoever adds one there has it here
+    Likelihood = Literal[words("models.autoencoder_variational", "Likelihood")]
+    Objective = Literal[words("objectives", "Objective")]
+    PredictionType = Literal[words("prediction", "PredictionType")]
+    PixelEncoding = Literal[words("decoders", "PixelEncoding")]
+    BetaSchedule = Literal[words("noise_schedules", "LOG_SNR_SCHEDULES") + words("noise_schedules", "BETA_SCHEDULES")]
 
 Storage = Literal["auto", "memory", "disk"]
 ImageMode = Literal["1", "L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16"]

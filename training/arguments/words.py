@@ -25,11 +25,13 @@ def words(module: str, name: str) -> tuple[str, ...]:
             node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         )
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            assert isinstance(node, (ast.Assign, ast.AnnAssign))
             value = node.value
             held = value.keys if isinstance(value, ast.Dict) else [value]
             return tuple(
                 part.value
                 for entry in held
+                if entry is not None
                 for part in ast.walk(entry)
                 if isinstance(part, ast.Constant) and isinstance(part.value, str)
             )

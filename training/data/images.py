@@ -61,7 +61,7 @@ class ImageSet:
     def fingerprint(self) -> str:
         """A checksum of the pixels: what "the same data" means, whatever they are called."""
         digest = hashlib.blake2b(repr((tuple(self.images.shape), self.num_levels)).encode(), digest_size=8)
-        digest.update(self.images.numpy())
+        digest.update(self.images.numpy().data)
         return digest.hexdigest()
 
     def first(self, count: int) -> ImageSet:

@@ -51,6 +51,10 @@ class ImageStream:
         DataError: no such split or column, no images, images of several sizes or modes, one that cannot be decoded.
     """
 
+    _block: _Block
+    _offset: int  # images of it that were taken
+    _next: Future[_Block]
+
     def __init__(
         self,
         args: DataArguments,
@@ -150,7 +154,7 @@ class ImageStream:
     def _start(self, place: dict[str, Any], taken: int) -> None:
         self._seek(place)
         self._block, self._offset = self._read(), taken
-        self._next: Future[_Block] = self._reader.submit(self._read)
+        self._next = self._reader.submit(self._read)
 
     def _seek(self, place: dict[str, Any]) -> None:
         self._place = copy.deepcopy(place)

@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 def evaluate(training: Training) -> None:
     """Bits/dim of the held-out images with the averaged weights."""
     averaged = training.whole_average().eval()
-    common = {
+    common: dict[str, Any] = {
         "seed": training.args.optimization.seed,
         "num_samples": training.args.run.eval_num_samples,
         "batch_size": training.args.run.eval_batch_size,
     }
-    evaluator = latent_bits_per_dim if training.is_latent else bits_per_dim
+    evaluator: Any = latent_bits_per_dim if training.is_latent else bits_per_dim
     result = evaluator(
         training.pipeline(averaged),
         training.eval_images,

@@ -116,7 +116,7 @@ def _model_description(training: Training, images: dict[str, str]) -> ModelDescr
     measurements = []
     if training.last_evaluation is not None:
         result = training.last_evaluation
-        terms = {term: result.get(term) for term in TERMS}
+        terms: dict[str, Any] = {term: result.get(term) for term in TERMS}
         data = EvaluationData(
             name=training.eval_images.source,
             identifier=identifier,
@@ -132,8 +132,8 @@ def _model_description(training: Training, images: dict[str, str]) -> ModelDescr
                 ),
                 method="ELBO" if training.is_latent else f"ELBO in {result['method']} time",
                 num_steps=args.diffusion.ddpm_num_steps if result["method"] == "discrete" else None,
-                log_snr_max=schedule and schedule.log_snr_max,
-                log_snr_min=schedule and schedule.log_snr_min,
+                log_snr_max=None if schedule is None else schedule.log_snr_max,
+                log_snr_min=None if schedule is None else schedule.log_snr_min,
                 num_model_evaluations=result["num_model_evaluations"],
                 data=data,
                 provenance=provenance,
