@@ -63,7 +63,7 @@ def test_everything_is_written_and_the_last_line_is_the_figure(checkpoint, tmp_p
     width = 14 / len(errors)
     spread = math.sqrt(sum((error * width) ** 2 for error in errors) + result["standard_error"] ** 2)
     assert abs(area - result["diffusion"]) < 5 * spread + 0.01 * area
-    for name in ("loss_by_log_snr.png", "samples.png"):
+    for name in ("loss_by_log_snr.png", "samples.png", "overview.png"):
         assert (tmp_path / name).stat().st_size > 500
 
 

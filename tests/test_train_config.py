@@ -280,7 +280,8 @@ def test_every_recipe_parses_and_describes_a_network_that_can_be_built(recipe):
     channels = 1 if parsed.data.image_mode == "L" or parsed.data.dataset_name is None else 3
     levels = 17 if parsed.data.dataset_name is None and parsed.data.train_data_dir is None else 256
     pictures = torch.zeros(2, channels, size, size, dtype=torch.uint8)
-    images = ImageSet(pictures, None, levels, None, "none", "none")
+    labels = torch.tensor([0, 1]) if parsed.model.class_conditional else None
+    images = ImageSet(pictures, labels, levels, 10 if labels is not None else None, "none", "none")
     with torch.device("cpu" if parsed.model.analytic_start else "meta"):  # its tables are measured
         if parsed.model.model == "vdm":
             make_network(parsed, images)

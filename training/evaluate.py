@@ -45,6 +45,7 @@ from evaluating import (
 )
 from evaluation_report import extreme_images, markdown_block, plot_steps, plot_terms, plot_weights, write_per_image
 from latent_models import LatentModel, latent_bits_per_dim, latent_pictures, latent_report, latent_samples
+from overview import overview
 from plots import image_grid, plot_loss_by_log_snr
 from sample_quality import SampleQualityError, inception, sample_quality
 from torch import Tensor
@@ -140,7 +141,7 @@ def evaluate(
     extreme_images(output_dir / "most_and_least_likely.png", result, images, pipeline.config.num_levels)
     plot_terms(output_dir / "terms.png", result, images.num_dims)
     plot_weights(output_dir / "loss_weights.png", profile)
-    del result["per_image"]  # it is in the parquet file
+    nats = result.pop("per_image")["nats"]  # in the parquet file
     quality = None
     if feature is not None:
         number = min(args.fid_num_images, len(images))
@@ -169,6 +170,11 @@ def evaluate(
             num_classes=num_classes(pipeline.unet) if is_class_conditional(pipeline.unet) else None,
         )
         image_grid(levels, pipeline.config.num_levels).save(output_dir / "samples.png")
+        picture: dict[str, Any] = {
+            "title": f"{args.checkpoint}: {title} on {result['num_images']} held-out images",
+            "seed": args.seed,
+        }
+        overview(output_dir / "overview.png", pipeline, images, nats, profile, levels, **picture)
 
     rows = [(term, f"{result[term]:.4f} bits/dim") for term in TERMS if term in result]
     rows += [
