@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -50,7 +50,7 @@ def overview(
     figure = Figure(figsize=(11, 7.2), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13, color=_INK)
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.25])
+    left, right = cast(Any, figure.subfigures(1, 2, width_ratios=[1, 1.25]))
     above, below = left.subfigures(2, 1, height_ratios=[1.5, 1])
     axes = above.add_subplot()
     side = max(1, math.isqrt(len(samples)))
